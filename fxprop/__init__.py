@@ -1,0 +1,28 @@
+"""fxprop: make a PyTorch model's backward pass cost less, by a graph rewrite.
+
+>>> gm, report = fxprop.transform(model, 0.05, (x,))
+>>> print(report)
+"""
+
+from fxprop import ops
+from fxprop.errors import FxpropError
+from fxprop.inspect import code_diff
+from fxprop.policy import Policy, Rule
+from fxprop.policy_files import load_policy
+from fxprop.report.report import Report
+from fxprop.transform import Transformed, estimate, layers, restore, transform
+
+__all__ = [
+    "FxpropError",
+    "Policy",
+    "Report",
+    "Rule",
+    "Transformed",
+    "code_diff",
+    "estimate",
+    "layers",
+    "load_policy",
+    "ops",
+    "restore",
+    "transform",
+]

@@ -1,0 +1,41 @@
+"""The errors fxprop raises: one family, one class per stage.
+
+Each message says what was given, what was expected and what to do next. A call that raises has not
+changed the model it was given.
+"""
+
+
+class FxpropError(Exception):
+    """Base class of every error fxprop raises on purpose."""
+
+
+class ModelError(FxpropError):
+    """The model cannot be used as given (not a module, mixed devices, already transformed, ...)."""
+
+
+class InputError(FxpropError):
+    """The example inputs are of the wrong kind, or the model cannot run on them."""
+
+
+class TraceError(FxpropError):
+    """The model cannot be turned into an fx graph."""
+
+
+class PolicyError(FxpropError):
+    """A policy is malformed, or does not fit the model."""
+
+
+class OpError(FxpropError):
+    """A sparse operator was called with arguments it cannot take."""
+
+
+class RewriteError(FxpropError):
+    """The rewritten graph failed a check."""
+
+
+class ReportError(FxpropError):
+    """A report cannot be made or written."""
+
+
+class CommandError(FxpropError):
+    """A command-line argument names something that is not there or cannot be used."""

@@ -1,0 +1,1 @@
+"""From a model to a graph with shapes; knows nothing of sparsity."""

@@ -1,0 +1,125 @@
+"""TracedModule: the GraphModule that fxprop hands back.
+
+A `torch.fx.GraphModule` keeps only what its graph mentions, and has one graph. This one keeps the whole
+module tree (so state_dict keys, their order, and modules that no graph uses survive), and has one graph
+for training and one for evaluation where the model's code differs between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from fxprop.errors import TraceError
+from fxprop.frontends.tree import copy_tree
+
+# training mode -> graph; a missing mode could not be traced
+Graphs = Mapping[bool, fx.Graph]
+
+_OWN = ("_graphs", "_before", "_untraced")
+_GRAPH_MODULE = tuple(set(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - set(vars(nn.Module())))
+
+
+class TracedModule(fx.GraphModule):
+    """A GraphModule with its whole module tree, switching graphs with train() and eval().
+
+    `root` is the module tree, which the new module adopts without copying; `graphs` are its graphs;
+    `before` the graphs before a rewrite; `untraced` why a missing mode is missing.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graphs: Graphs,
+        class_name: str,
+        before: Graphs | None = None,
+        untraced: str = "",
+    ) -> None:
+        # GraphModule's own constructor would copy attributes named by the graph, evaluating lazily
+        # computed weights as it goes; so it gets nothing to copy
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        adopted = vars(root).items()
+        self.__dict__.update({k: v for k, v in adopted if k not in (*_GRAPH_MODULE, *_OWN)})
+        if isinstance(root, fx.GraphModule):
+            self.meta = dict(root.meta)
+        self._graphs = dict(graphs)
+        self._before = None if before is None else dict(before)
+        self._untraced = untraced
+        self.graph = self._graphs[self.training]
+
+    @property
+    def graphs(self) -> Graphs:
+        """The graph of each mode; the same object twice where the mode makes no difference."""
+        return self._graphs
+
+    @property
+    def graphs_before(self) -> Graphs | None:
+        """The graphs before the rewrite; None if the module was never rewritten."""
+        return self._before
+
+    @property
+    def untraced(self) -> str:
+        """Why one mode has no graph; empty if both have."""
+        return self._untraced
+
+    def train(self, mode: bool = True) -> TracedModule:
+        """Set train or eval mode, and the graph that belongs to it."""
+        if mode not in self._graphs:
+            here, there = ("eval", "train") if mode else ("train", "eval")
+            raise TraceError(
+                f"{type(self).__name__} was transformed in {here} mode, and its code could not be traced "
+                f"in {there} mode: {self._untraced} Call .{there}() on the original model and transform that."
+            )
+        super().train(mode)
+        if self._graph is not self._graphs[mode]:
+            self.graph = self._graphs[mode]
+        return self
+
+    def tree(self) -> nn.Module:
+        """A plain module that holds a copy of the module tree, sharing every tensor."""
+        holder = nn.Module()
+        dropped = {*_GRAPH_MODULE, *_OWN}
+        holder.__dict__.update({k: v for k, v in vars(self).items() if k not in dropped})
+        return copy_tree(holder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        tree = copy.deepcopy(self.tree(), memo)
+        graphs = copy_graphs(self._graphs)
+        before = None if self._before is None else copy_graphs(self._before)
+        return TracedModule(tree, graphs, type(self).__name__, before, self._untraced)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tree = self.tree()
+        before = None if self._before is None else _as_modules(tree, self._before)
+        state = (tree, _as_modules(tree, self._graphs), type(self).__name__, before, self._untraced)
+        return _from_modules, state
+
+
+def copy_graphs(graphs: Graphs) -> Graphs:
+    """Copies of the graphs; modes that share one share its copy."""
+    twins = {id(graph): copy.deepcopy(graph) for graph in graphs.values()}
+    return {mode: twins[id(graph)] for mode, graph in graphs.items()}
+
+
+def _as_modules(tree: nn.Module, graphs: Graphs) -> Mapping[bool, fx.GraphModule]:
+    # graphs have no stable form on disk; GraphModules have one: their generated code
+    modules = {id(graph): fx.GraphModule(tree, copy.deepcopy(graph)) for graph in graphs.values()}
+    return {mode: modules[id(graph)] for mode, graph in graphs.items()}
+
+
+def _from_modules(
+    tree: nn.Module,
+    modules: Mapping[bool, fx.GraphModule],
+    class_name: str,
+    before: Mapping[bool, fx.GraphModule] | None,
+    untraced: str,
+) -> TracedModule:
+    def graphs(of: Mapping[bool, fx.GraphModule]) -> Graphs:
+        return {mode: module.graph for mode, module in of.items()}
+
+    return TracedModule(
+        tree, graphs(modules), class_name, None if before is None else graphs(before), untraced
+    )

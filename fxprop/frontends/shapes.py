@@ -1,0 +1,280 @@
+"""One run of a traced module, forward and backward, on fake tensors: shapes and FLOPs without computing.
+
+Takes a TracedModule and example inputs (real, fake or meta) and returns a `Run`. Allocates nothing of
+the model's size and changes no tensor, no module and no random state. Knows nothing of sparsity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# not a public path, but the one torch's own documentation imports FakeTensorMode from;
+# tests/test_private_api.py notices if it moves
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
+
+from fxprop.errors import InputError
+from fxprop.frontends.module import TracedModule
+from fxprop.frontends.tree import copy_tree
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor that was never computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass
+class Run:
+    """What one run of a graph on fake tensors showed."""
+
+    # node name -> its output, where that is a tensor
+    outputs: dict[str, TensorInfo] = field(default_factory=dict)
+    # name of a call_module node -> its module's weight
+    weights: dict[str, TensorInfo] = field(default_factory=dict)
+    # names of the nodes whose output a gradient arrives at
+    reached: set[str] = field(default_factory=set)
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+def run_on_fakes(
+    traced: TracedModule, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Run:
+    """Run `graph` (one of `traced`'s) and its backward from every output that requires grad.
+
+    >>> run = run_on_fakes(traced, traced.graph, (torch.empty(8, 3, 224, 224, device="meta"),), {})
+    >>> run.outputs["conv1"].shape, run.backward_flops
+    ((8, 64, 112, 112), 58063847424)
+
+    Also notes each tensor's `tensor_meta` on the graph's nodes, as torch.fx's ShapeProp does. Gradients
+    of all parameters and inputs that require them are counted. Raises InputError naming the layer if
+    the model cannot run on the inputs.
+    """
+    # slow to import, and only needed here
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = _Fakes(mode, model_device(traced))
+    module = copy_tree(traced.tree(), fakes.of_model)
+    _without_data_dependence(module)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    values = [fakes.of_input(v) for v in _bind(placeholders, args, kwargs)]
+    counting = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+    run = Run()
+    interpreter = _Recorder(module, graph, run)
+    with mode, torch.enable_grad():
+        with FlopCounterMode(display=False, custom_mapping=counting) as forward:
+            outputs = interpreter.run_on(values)
+        run.forward_flops = forward.get_total_flops()
+        losses = [t for t in pytree.tree_leaves(outputs) if _is_differentiable(t)]
+        if losses and fakes.leaves:
+            seeds = [torch.ones_like(t) for t in losses]
+            # autograd.grad, not backward: nothing may be accumulated into a real parameter
+            with FlopCounterMode(display=False, custom_mapping=counting) as backward:
+                torch.autograd.grad(losses, fakes.leaves, seeds, allow_unused=True)
+            run.backward_flops = backward.get_total_flops()
+    return run
+
+
+def model_device(module: nn.Module) -> torch.device | None:
+    """The device of the module's first parameter or buffer; None if it has neither."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return None
+
+
+class _Fakes:
+    """Fake twins of the model's tensors and of the example inputs, on one device."""
+
+    def __init__(self, mode: FakeTensorMode, device: torch.device | None) -> None:
+        self._mode = mode
+        # meta is where a model is when nobody cares for the device; cpu lets tensors that its code
+        # makes on the way mix with it, as they will when it is real
+        self._device = torch.device("cpu") if device is None or device.type == "meta" else device
+        self._follow_model = device is not None and device.type == "meta"
+        # what autograd is asked the gradients of
+        self.leaves: list[torch.Tensor] = []
+
+    def of_model(self, tensor: torch.Tensor) -> torch.Tensor:
+        registered = isinstance(tensor, nn.Parameter)
+        fake = self._make(tensor, self._device if tensor.is_meta else tensor.device)
+        if registered:
+            fake = nn.Parameter(fake, requires_grad=False)
+        return self._as_leaf(fake, tensor)
+
+    def of_input(self, value: Any) -> Any:
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            follow = leaf.is_meta or self._follow_model
+            return self._as_leaf(self._make(leaf, self._device if follow else leaf.device), leaf)
+
+        return pytree.tree_map(convert, value)
+
+    def _make(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        with self._mode:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+
+    def _as_leaf(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        if real.requires_grad:
+            fake.requires_grad_(True)
+            self.leaves.append(fake)
+        return fake
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: nn.Module, graph: fx.Graph, run: Run) -> None:
+        super().__init__(module, graph=graph)
+        self._run = run
+        self._at: fx.Node | None = None
+
+    def run_on(self, values: list[Any]) -> Any:
+        described = ", ".join(describe(value) for value in values)
+        try:
+            # keyed by placeholder: fx's own argument handling would drop keyword-only names
+            nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
+            environment = dict(zip(nodes, values, strict=True))
+            for node, value in environment.items():
+                self._note(node, value)
+            return self.run(initial_env=environment, enable_io_processing=False)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            place = "" if self._at is None else f" at {_place(self._at)}"
+            raise InputError(
+                f"the model cannot run on the example inputs ({described}): it fails{place}: {reason}. "
+                "Pass inputs of the shape, dtype and device that the model takes."
+            ) from error
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._at = n
+        value = super().run_node(n)
+        self._note(n, value)
+        if n.op.startswith("call_") and _is_differentiable(value):
+            value.register_hook(lambda _, name=n.name: self._run.reached.add(name))
+        return value
+
+    def _note(self, node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self._run.outputs[node.name] = tensor_info(value)
+            node.meta["tensor_meta"] = _metadata(value)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        raise AssertionError("placeholders are given in the initial environment")
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_module(target, args, kwargs)
+        weight = getattr(self.fetch_attr(target), "weight", None)
+        if self._at is not None and isinstance(weight, torch.Tensor):
+            self._run.weights[self._at.name] = tensor_info(weight)
+        return result
+
+
+def _bind(placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """One value per placeholder, as a call of the generated forward would bind them."""
+    values: list[Any] = []
+    positional, keywords = list(args), dict(kwargs)
+    for node in placeholders:
+        name = str(node.target)
+        if name.startswith("**"):
+            values.append(keywords)
+            keywords = {}
+        elif name.startswith("*"):
+            values.append(tuple(positional))
+            positional = []
+        elif positional:
+            values.append(positional.pop(0))
+        elif name in keywords:
+            values.append(keywords.pop(name))
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise InputError(
+                f"the example inputs lack {name!r}: the model takes "
+                f"{', '.join(str(p.target) for p in placeholders)}"
+            )
+    if positional or keywords:
+        extra = [describe(v) for v in positional] + list(keywords)
+        raise InputError(
+            f"the example inputs have {len(extra)} too many ({', '.join(extra)}): the model takes "
+            f"{', '.join(str(p.target) for p in placeholders)}"
+        )
+    return values
+
+
+def _without_data_dependence(module: nn.Module) -> None:
+    # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.momentum is None:
+            norm.momentum = 0.1
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def tensor_info(tensor: torch.Tensor) -> TensorInfo:
+    """The record of `tensor`."""
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+def _metadata(tensor: torch.Tensor) -> TensorMetadata:
+    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    memory_format = next(
+        (f for f in formats if _can_be(tensor, f) and tensor.is_contiguous(memory_format=f)), None
+    )
+    return TensorMetadata(
+        tensor.shape, tensor.dtype, tensor.requires_grad, tensor.stride(), memory_format, False, {}
+    )
+
+
+def _can_be(tensor: torch.Tensor, memory_format: torch.memory_format) -> bool:
+    needs = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    return needs is None or tensor.dim() == needs
+
+
+def _place(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return f"layer {node.target!r}"
+    return f"node {node.name!r}"
+
+
+def describe(value: Any) -> str:
+    """A value as error messages show it: "float32[8, 3, 224, 224]" for a tensor."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value)
+
+
+def _conv_backward_flops(
+    grad_output: Any,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    """2 per multiply-add for each gradient; torch's own formula counts dW `groups` times over."""
+    spatial = input if transposed else grad_output  # the smaller side's positions each meet the kernel
+    positions = spatial[0] * math.prod(spatial[2:])
+    one = 2 * positions * math.prod(weight) if weight else 0
+    return int(one) * (bool(output_mask[0]) + bool(output_mask[1]))

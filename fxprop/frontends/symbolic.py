@@ -1,0 +1,196 @@
+"""The symbolic front-end: an nn.Module in, a TracedModule out, by torch.fx tracing.
+
+Takes any nn.Module (or GraphModule, whose graph is used as it is). The model is never changed: a copy of
+its module tree is traced. Knows nothing of sparsity.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxprop.errors import FxpropError, InputError, TraceError
+from fxprop.frontends.module import TracedModule, copy_graphs
+from fxprop.frontends.tree import copy_tree
+
+# module types, or qualified names, that are kept as one call
+LeafModules = Collection[type[nn.Module] | str]
+
+_SITE_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def trace(
+    model: nn.Module,
+    given: Mapping[str, Any] | None = None,
+    leaf_modules: LeafModules = (),
+) -> TracedModule:
+    """Trace `model` in its present mode and, where the code differs, in the other one.
+
+    >>> traced = trace(torchvision.models.resnet18())
+    >>> print(traced.code)
+
+    `given` maps argument names to example values; see `bind_arguments`. Arguments with a default that
+    are not given, and given values that are not tensors, are fixed to their values, which the traced
+    module checks at run time. Raises TraceError naming the module and source line that stopped it.
+    """
+    class_name = type(model).__name__
+    if isinstance(model, TracedModule):
+        return TracedModule(model.tree(), copy_graphs(model.graphs), class_name, untraced=model.untraced)
+    tree = copy_tree(model)
+    if isinstance(model, fx.GraphModule):
+        graphs = copy_graphs(dict.fromkeys((True, False), model.graph))
+        return TracedModule(tree, graphs, class_name)
+
+    here = model.training
+    graphs = {here: SiteTracer(leaf_modules, given or {}).trace(tree)}
+    there, untraced = _trace_other_mode(model, leaf_modules, given or {})
+    if there is not None:
+        same = there.python_code("self").src == graphs[here].python_code("self").src
+        graphs[not here] = graphs[here] if same else there
+    return TracedModule(tree, graphs, class_name, untraced=untraced)
+
+
+def _trace_other_mode(
+    model: nn.Module, leaf_modules: LeafModules, given: Mapping[str, Any]
+) -> tuple[fx.Graph | None, str]:
+    """The graph in the mode `model` is not in, or None and the reason."""
+    tree = copy_tree(model)
+    for module in tree.modules():
+        module.training = not model.training
+    try:
+        return SiteTracer(leaf_modules, given).trace(tree), ""
+    except TraceError as error:
+        return None, str(error)
+
+
+@fx.has_side_effect
+def check_fixed(value: Any, name: str, fixed: Any) -> None:
+    """Raise InputError unless `value` is what argument `name` was fixed to when the graph was made."""
+    if has_torch_function((value,)):
+        # a proxy: the generated code is being traced again
+        handle_torch_function(check_fixed, (value,), value, name, fixed)
+        return
+    if not (value is fixed or (type(value) is type(fixed) and value == fixed)):
+        raise InputError(
+            f"argument {name!r} is {value!r}, but the graph was made for {name}={fixed!r}; "
+            "transform again with that value in example_inputs or example_kwargs"
+        )
+
+
+class SiteTracer(fx.Tracer):
+    """fx.Tracer that records source lines and keeps stateful layers whole.
+
+    Leaves, besides torch.nn's own modules: every conv and linear subclass; normalisation and dropout
+    from anywhere, and other weightless modules that read `self.training` (their behaviour must follow
+    train() and eval()); what the user names.
+    """
+
+    def __init__(self, leaf_modules: LeafModules = (), given: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.record_stack_traces = True
+        self._leaf_types = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
+        self._leaf_names = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
+        # None: fix nothing, as when generated code is traced again
+        self._given = given
+        self._failed_in: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, self._leaf_types) or module_qualified_name in self._leaf_names:
+            return True
+        if isinstance(m, _SITE_MODULES) or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if isinstance(m, (*_NORM_MODULES, nn.modules.dropout._DropoutNd)):
+            return True
+        return not _holds_weights(m) and _depends_on_mode(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self._failed_in is None:
+                self._failed_in = f"module {self.path_of_module(m)!r} ({type(m).__name__})"
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        # A placeholder for an optional argument would look "given" to `if mask is not None`. So what
+        # the caller leaves out, and what is no tensor, becomes the constant it is.
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self._given is None:
+            return fn, args
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(inspect.unwrap(root_fn)).parameters.items()
+        }
+        for position, arg in enumerate(args):
+            if not isinstance(arg, fx.Proxy):
+                continue
+            name = str(arg.node.target)
+            value = self._given.get(name, defaults.get(name, inspect.Parameter.empty))
+            if value is None or isinstance(value, bool | int | float | str):
+                self.create_proxy("call_function", check_fixed, (arg, name, value), {})
+                args[position] = value
+        return fn, args
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        try:
+            return super().trace(root, concrete_args)
+        except FxpropError:
+            raise
+        except Exception as error:
+            where = self._failed_in or f"the model itself ({type(root).__name__})"
+            raise TraceError(_explain(error, where)) from error
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether a conv, linear or raw matrix weight lives inside, which a leaf would hide."""
+    return any(isinstance(m, _SITE_MODULES) for m in module.modules()) or any(
+        p.dim() >= 2 for p in module.parameters()
+    )
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    if "norm" in name or "drop" in name:
+        return True
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _explain(error: Exception, where: str) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own, fx_files = Path(__file__), Path(inspect.getfile(fx)).parent
+    users = [f for f in frames if Path(f.filename) != own and fx_files not in Path(f.filename).parents]
+    # the user's own line says more than the line inside torch.nn that it led to
+    torch_files = Path(torch.__file__).parent
+    outside = [f for f in users if torch_files not in Path(f.filename).parents]
+    frame = (outside or users or list(frames))[-1]
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`: {reason}. "
+        "Keep that module as one call with leaf_modules=[...] (its class or its name; its layers then stay "
+        "dense), or move the line into a function marked with torch.fx.wrap."
+    )
+
+
+def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Example values by the argument names of `model.forward`; InputError if they do not fit it."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward"
+            f"{inspect.signature(model.forward)}: {error}"
+        ) from error
+    return dict(bound.arguments)

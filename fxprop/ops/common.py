@@ -1,0 +1,95 @@
+"""What the sparse linear and convolution operators share: argument checks, autocast, double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from fxprop.errors import OpError
+from fxprop.ops.select import get_score
+from fxprop.plan import BIAS_GRADS, SELECTS, BiasGrad, Select
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Keep(NamedTuple):
+    """The sparsity of one call: constants that travel beside the tensors."""
+
+    k: int
+    select: Select
+    score: str
+    bias_grad: BiasGrad
+
+
+def public(function: F) -> F:
+    """Name `function` by the package it is imported from.
+
+    fx writes `function.__module__` into generated code; `fxprop_ops_conv2d` should not change when a
+    file is split.
+    """
+    function.__module__ = "fxprop.ops"
+    return function
+
+
+def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
+    """Raise OpError or PolicyError unless `keep` and `weight` are something `op` can use."""
+    if isinstance(keep.k, bool) or not isinstance(keep.k, int) or keep.k < 1:
+        raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
+    if keep.select not in SELECTS:
+        raise OpError(f"{op}: select={keep.select!r}: expected one of {', '.join(SELECTS)}")
+    if keep.bias_grad not in BIAS_GRADS:
+        raise OpError(f"{op}: bias_grad={keep.bias_grad!r}: expected one of {', '.join(BIAS_GRADS)}")
+    get_score(keep.score)
+    if weight.is_complex():
+        raise OpError(
+            f"{op}: weight is {weight.dtype}: complex tensors have no sparse backward; "
+            "use the dense operator"
+        )
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether autograd will record an operator on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtype that autocast would give the dense operator.
+
+    Done outside the autograd function so that the cast's own backward returns gradients in the
+    parameters' dtype. Like autocast itself it leaves float64 alone.
+    """
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise OpError(
+            "double backward through a sparse backward is not defined: fxprop's top-k selection is not "
+            "differentiable. Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
+        )
+
+
+def refuse_double_backward(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """`grads`, so marked that differentiating them raises an OpError that says what to do."""
+    if not torch.is_grad_enabled():
+        return grads
+    present = [grad.requires_grad_() for grad in grads if grad is not None]
+    marked = iter(_RefuseDoubleBackward.apply(*present))
+    return tuple(None if grad is None else next(marked) for grad in grads)

@@ -1,0 +1,138 @@
+"""The sparse linear operator: `torch.nn.functional.linear` with meProp's backward.
+
+Layouts: input [*, in_features], weight [out_features, in_features], grad_output [*, out_features].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxprop.ops.common import (
+    Keep,
+    autocast,
+    check_keep,
+    needs_backward,
+    public,
+    refuse_double_backward,
+)
+from fxprop.ops.select import mask_elements, select_channels
+from fxprop.plan import BiasGrad, Select
+
+
+def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by the kernels it picks when autograd records it.
+
+    aten's matmul folds a non-contiguous input to 2-d only if the transposed weight requires grad, which
+    it does not inside an autograd function; bit-equality needs the same fold here.
+    """
+    if input.dim() <= 2 or input.is_contiguous() or not weight.requires_grad:
+        return F.linear(input, weight, bias)
+    folded = input.reshape(-1, input.shape[-1]).mm(weight.t())
+    output = folded.view(*input.shape[:-1], weight.shape[0])
+    return output if bias is None else output.add_(bias)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+        return _dense_forward(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, ctx.keep = inputs
+        ctx.save_for_backward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+            grads = _backward(grad_output, input, weight, ctx.keep, ctx.needs_input_grad)
+        return (*refuse_double_backward(grads), None)
+
+
+def _backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, keep: Keep, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_input, needs_weight, needs_bias = needs[:3]
+    grad = grad_output.reshape(-1, weight.shape[0])  # [rows, out_features]
+    grad_input = grad_weight = grad_bias = None
+    if needs_bias and keep.bias_grad == "full":
+        grad_bias = grad.sum(0)
+        needs_bias = False
+    if not (needs_input or needs_weight or needs_bias):
+        return None, None, grad_bias
+
+    if keep.select == "element":
+        grad = mask_elements(grad, keep.k, keep.score)
+        kept_weight, kept = weight, None
+    else:
+        kept = select_channels(grad, 1, 1, keep.k, keep.score)
+        grad = grad.index_select(1, kept)  # [rows, k]
+        kept_weight = weight.index_select(0, kept)  # [k, in_features]
+
+    if needs_input:
+        grad_input = grad.mm(kept_weight).view(input.shape)
+    if needs_weight:
+        grad_weight = grad.t().mm(input.reshape(-1, input.shape[-1]))
+        if kept is not None:
+            grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+    if needs_bias:
+        grad_bias = grad.sum(0)
+        if kept is not None:
+            grad_bias = grad.new_zeros(weight.shape[0]).index_copy_(0, kept, grad_bias)
+    return grad_input, grad_weight, grad_bias
+
+
+@public
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int,
+    select: Select = "channel",
+    score: str = "l1",
+    bias_grad: BiasGrad = "full",
+) -> Tensor:
+    """`torch.nn.functional.linear` whose backward uses only the top-k part of grad_output.
+
+    >>> y = fxprop.ops.linear(x, weight, bias, k=25)        # 25 of weight.shape[0] output features
+    >>> y = fxprop.ops.linear(x, weight, k=25, select="element")
+
+    Args:
+        input: [*, in_features], any rank from 1; float64/32, bfloat16 or float16.
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        k: how many to keep; k >= out_features is the dense operator.
+        select: "channel" keeps the same k output features for the whole batch; "element" the top-k of
+            each row of grad_output.
+        score: "l1", "l2", "random" or a registered name.
+        bias_grad: "full" sums all of grad_output, "selected" only what was kept.
+
+    The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
+    double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            linear,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            k=k,
+            select=select,
+            score=score,
+            bias_grad=bias_grad,
+        )
+    keep = Keep(k, select, score, bias_grad)
+    check_keep("linear", keep, weight)
+    if k >= weight.shape[0] or not needs_backward(input, weight, bias):
+        return F.linear(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
+    output: Tensor = _SparseLinear.apply(input, weight, bias, keep)
+    return output

@@ -1,0 +1,103 @@
+"""Which part of grad_output is kept: scores and top-k.
+
+Takes grad_output and returns integer indices. Nothing here is differentiated, and nothing here
+synchronises with the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxprop.errors import PolicyError
+
+# (grad_output, dims to reduce) -> one score per remaining position; higher is kept
+Score = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _norm(grad_output: Tensor, dims: tuple[int, ...], order: float) -> Tensor:
+    # vector_norm reduces without materialising |g|, and in float32 for half types
+    dtype = torch.float32 if grad_output.dtype in _HALF else None
+    norms: Tensor = torch.linalg.vector_norm(grad_output, order, dims, dtype=dtype)
+    return norms
+
+
+def _l1(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return _norm(grad_output, dims, 1)
+
+
+def _l2(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return _norm(grad_output, dims, 2)
+
+
+def _random(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
+    kept = [size for dim, size in enumerate(grad_output.shape) if dim not in dims]
+    return torch.rand(kept, device=grad_output.device)
+
+
+_SCORES: dict[str, Score] = {"l1": _l1, "l2": _l2, "random": _random}
+
+
+def score_names() -> tuple[str, ...]:
+    """The names a policy may use for `score`."""
+    return tuple(_SCORES)
+
+
+def register_score(name: str, score: Score) -> None:
+    """Make `score` available to policies under `name`.
+
+    >>> fxprop.ops.register_score("linf", lambda g, dims: g.abs().amax(dims))
+
+    `score` takes grad_output and the dims to reduce (all but the channel's; an empty tuple when single
+    elements are chosen), and returns one real number per remaining position. The highest k are kept.
+    Raises PolicyError if the name is taken.
+    """
+    if name in _SCORES:
+        raise PolicyError(
+            f"score {name!r} is already registered; choose another name (taken: {', '.join(_SCORES)})"
+        )
+    _SCORES[name] = score
+
+
+def get_score(name: str) -> Score:
+    """The score function registered under `name`; PolicyError names the known ones."""
+    try:
+        return _SCORES[name]
+    except KeyError:
+        raise PolicyError(
+            f"unknown score {name!r}: expected one of {', '.join(_SCORES)}; "
+            "add your own with fxprop.ops.register_score"
+        ) from None
+
+
+def select_channels(grad_output: Tensor, channel_dim: int, groups: int, k: int, score: str) -> Tensor:
+    """Indices of the kept output channels, int64 [k * groups], group after group.
+
+    `channel_dim` is non-negative. The same number k is kept in each of `groups` equal runs of channels
+    (1706.06197, section 3.3 "unified" for groups = 1). Ties are broken as torch.topk breaks them.
+    """
+    dims = tuple(d for d in range(grad_output.dim()) if d != channel_dim)
+    scores = get_score(score)(grad_output, dims)
+    if groups == 1:
+        return scores.topk(k).indices
+    per_group = scores.numel() // groups
+    kept = scores.view(groups, per_group).topk(k, dim=1).indices
+    offsets = torch.arange(0, scores.numel(), per_group, device=kept.device)
+    return (kept + offsets[:, None]).flatten()
+
+
+def mask_elements(grad_output: Tensor, k: int, score: str) -> Tensor:
+    """`grad_output` [examples, n] with all but the top-k entries of each row set to zero.
+
+    meProp's top-k per example (1706.06197, equation 5). k is capped at n: a smaller image than the one
+    the plan was made for has fewer entries.
+    """
+    # for one entry both norms are its magnitude
+    by_magnitude = score in ("l1", "l2")
+    scores = grad_output.abs() if by_magnitude else get_score(score)(grad_output, ())
+    kept = scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
+    return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))

@@ -1,0 +1,147 @@
+"""The frozen records that the stages hand to each other: Site, Sparsity, Decision, Plan.
+
+A graph node is read into a `Site` once; policy, rewrite and report look at the record, never at the
+node's raw arguments. Nothing here computes anything beyond sizes that follow from the record itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Select = Literal["channel", "element"]
+BiasGrad = Literal["full", "selected"]
+Status = Literal["rewritten", "dense", "skipped"]
+
+SELECTS: tuple[Select, ...] = ("channel", "element")
+BIAS_GRADS: tuple[BiasGrad, ...] = ("full", "selected")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument of a site: a node of the graph, or an attribute that the rewrite must fetch."""
+
+    # name of the graph node that produces the tensor; None if it is an attribute
+    node: str | None = None
+    # qualified attribute name such as "layer1.0.conv1.weight"; None if it is a node
+    attribute: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a site calls its operator: everything the rewrite needs, bound by name."""
+
+    input: Operand
+    weight: Operand
+    bias: Operand | None
+    # stride, padding, dilation, groups; empty for linear
+    geometry: Mapping[str, Any] = field(default_factory=dict)
+    # torch.nn.functional.pad's `pad` and `mode`, applied to the input first (padding_mode != "zeros")
+    pad: tuple[tuple[int, ...], str] | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a conv or linear weight in a graph.
+
+    >>> site = fxprop.layers(model, (x,))[0]
+    >>> site.name, site.op, site.weight_shape, site.n("channel")
+    ('conv1', 'conv2d', (64, 3, 7, 7), 64)
+    """
+
+    # qualified module name; "#2" is appended for a second use (design: site names)
+    name: str
+    # "conv1d" | "conv2d" | "conv3d" | "linear", or what a skipped node calls
+    op: str
+    # the graph node's name
+    node: str
+    # class name of the module, and of its bases up to nn.Module; empty for functional calls
+    types: tuple[str, ...] = ()
+    # why the site must not be rewritten; None if it may be
+    skip: str | None = None
+    call: Call | None = None
+    groups: int = 1
+    # x [N, C_in, *spatial] or [*, in_features]; None where unknown
+    input_shape: Shape | None = None
+    # [C_out, C_in/groups, *kernel] or [out_features, in_features]; None where unknown
+    weight_shape: Shape | None = None
+    # [N, C_out, *spatial] or [*, out_features]; None where unknown
+    output_shape: Shape | None = None
+    # no other site upstream / downstream
+    is_first: bool = False
+    is_output: bool = False
+    # which gradients the dense backward computes here
+    needs_grad_input: bool = True
+    needs_grad_weight: bool = True
+    is_complex: bool = False
+    # the user's line that made the node, "file.py:12"; None where not recorded
+    source: str | None = None
+
+    @property
+    def type(self) -> str | None:
+        """Class name of the site's module; None for a functional call."""
+        return self.types[0] if self.types else None
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every group has one output channel: whole channels are kept with their groups."""
+        return self.weight_shape is not None and self.groups == self.weight_shape[0]
+
+    def n(self, select: Select) -> int | None:
+        """How many things `select` chooses from at this site; None if the shapes are not known.
+
+        channel: C_out per group (C_out for depthwise); out_features. element: C_out times the output's
+        spatial size; out_features.
+        """
+        if self.weight_shape is None:
+            return None
+        out_channels = self.weight_shape[0]
+        if self.op == "linear":
+            return out_channels
+        if select == "channel":
+            return out_channels if self.is_depthwise else out_channels // self.groups
+        if self.output_shape is None:
+            return None
+        spatial_dims = len(self.weight_shape) - 2
+        return math.prod(self.output_shape[-spatial_dims:]) * out_channels
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What a rewritten site keeps: k of n, chosen how."""
+
+    k: int
+    n: int
+    select: Select
+    score: str
+    bias: BiasGrad
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site, and why."""
+
+    site: Site
+    status: Status
+    # why it is dense or skipped; None where rewritten
+    reason: str | None = None
+    # set where (and only where) status is "rewritten"
+    sparsity: Sparsity | None = None
+    # which part of the policy decided: "rule 1 (name='fc')", "default", "output layer"
+    decided_by: str = "default"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision per site, in graph order."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def rewritten(self) -> tuple[Decision, ...]:
+        """The decisions that change the graph."""
+        return tuple(d for d in self.decisions if d.status == "rewritten")

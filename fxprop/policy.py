@@ -1,0 +1,261 @@
+"""Policies: which layers keep how much. Rules and defaults in, a Plan out.
+
+A policy never sees a graph: `Policy.resolve` takes `Site` records and returns one `Decision` for each.
+Reading and writing of policy files is in `policy_files.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from fxprop.errors import PolicyError
+from fxprop.ops.select import get_score
+from fxprop.plan import BIAS_GRADS, SELECTS, BiasGrad, Decision, Plan, Select, Site, Sparsity
+
+Position = Literal["first", "output"]
+POSITIONS: tuple[Position, ...] = ("first", "output")
+
+CONDITIONS = ("name", "regex", "type", "position", "where")
+SETTINGS = ("keep", "k", "select", "score", "round_to", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of a policy: conditions that must all hold, and what they set.
+
+    >>> fxprop.Rule(name="layer4.*", keep=0.2)
+    >>> fxprop.Rule(type="Linear", position="first", keep=1.0)          # leave dense
+    >>> fxprop.Rule(where=lambda site: site.groups > 1, select="element")
+
+    Conditions:
+        name: glob on the site's name; `fc` also matches the second use `fc#2`.
+        regex: regular expression that must match the whole name.
+        type: the module's class name or that of a base class ("Linear"), or the operator ("conv2d").
+        position: "first" (no other site upstream) or "output" (none downstream).
+        where: a function of the Site; cannot be written to a file.
+
+    Settings: see `Policy`. What a rule leaves out comes from the policy. PolicyError for bad values.
+    """
+
+    name: str | None = None
+    regex: str | None = None
+    type: str | None = None
+    position: Position | None = None
+    where: Callable[[Site], bool] | None = None
+    keep: float | None = None
+    k: int | None = None
+    select: Select | None = None
+    score: str | None = None
+    round_to: int | None = None
+    bias: BiasGrad | None = None
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, condition) is None for condition in CONDITIONS):
+            raise PolicyError(
+                f"a rule needs a condition: give at least one of {', '.join(CONDITIONS)} "
+                "(what applies to every layer belongs in the policy itself)"
+            )
+        for condition in ("name", "regex", "type"):
+            value = getattr(self, condition)
+            if value is not None and not isinstance(value, str):
+                raise PolicyError(f"rule: {condition}={value!r}: expected a string")
+        if self.position is not None and self.position not in POSITIONS:
+            raise PolicyError(f"rule: position={self.position!r}: expected 'first' or 'output'")
+        if self.where is not None and not callable(self.where):
+            raise PolicyError(f"rule: where={self.where!r}: expected a function of the site")
+        if self.regex is not None:
+            try:
+                re.compile(self.regex)
+            except re.error as error:
+                raise PolicyError(
+                    f"rule: regex={self.regex!r} is not a regular expression: {error}"
+                ) from error
+        _check_settings(self, "rule")
+
+    def matches(self, site: Site) -> bool:
+        """Whether all conditions hold for `site`."""
+        base = site.name.partition("#")[0]
+        names = (site.name, base)
+        if self.name is not None and not any(fnmatch.fnmatchcase(n, self.name) for n in names):
+            return False
+        if self.regex is not None and not any(re.fullmatch(self.regex, n) for n in names):
+            return False
+        if self.type is not None and self.type != site.op and self.type not in site.types:
+            return False
+        if self.position == "first" and not site.is_first:
+            return False
+        if self.position == "output" and not site.is_output:
+            return False
+        return self.where is None or bool(self.where(site))
+
+    def conditions(self) -> str:
+        """The conditions as text: "name='layer4.*', type='Conv2d'"."""
+        given = ((c, getattr(self, c)) for c in CONDITIONS)
+        return ", ".join(f"{c}={value!r}" for c, value in given if value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How much of each layer's output gradient the backward pass keeps.
+
+    >>> fxprop.Policy(keep=0.05)
+    >>> fxprop.Policy(keep=0.05, rules=[fxprop.Rule(name="layer4.*", keep=0.2),
+    ...                                 fxprop.Rule(type="Linear", keep=1.0)])
+
+    Settings (a rule may override each):
+        keep: share kept, 0 < keep <= 1; 1.0 means dense. Or
+        k: how many are kept, at least 1; k >= n means dense. With neither, layers stay dense unless a
+            rule says otherwise. k follows from keep as max(1, floor(keep * n + 0.5)).
+        select: "channel" or "element".
+        score: "l1", "l2", "random", or a name given to `fxprop.ops.register_score`.
+        round_to: k is rounded up to a multiple of this, and capped at n.
+        bias: "full" (bias gradient from all of grad_output) or "selected".
+
+    For each site, in this order:
+        1. what cannot be rewritten is skipped, with the reason;
+        2. the first rule whose conditions all hold decides what it sets;
+        3. an output layer stays dense, unless that rule sets keep or k;
+        4. the policy's own settings supply the rest.
+
+    A rule that matches no site raises PolicyError with the nearest names (`allow_unmatched=True`
+    permits it).
+    """
+
+    keep: float | None = None
+    k: int | None = None
+    select: Select = "channel"
+    score: str = "l1"
+    round_to: int = 1
+    bias: BiasGrad = "full"
+    rules: Sequence[Rule] = ()
+    allow_unmatched: bool = False
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "policy")
+        for setting in ("select", "score", "round_to", "bias"):
+            if getattr(self, setting) is None:
+                raise PolicyError(f"policy: {setting}=None: expected a value; leave it out for the default")
+        rules = tuple(self.rules)
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"policy: rules contain {rule!r}: expected fxprop.Rule objects")
+        object.__setattr__(self, "rules", rules)
+        if not isinstance(self.allow_unmatched, bool):
+            raise PolicyError(f"policy: allow_unmatched={self.allow_unmatched!r}: expected true or false")
+
+    def resolve(self, sites: Iterable[Site]) -> Plan:
+        """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
+        return Plan(tuple(self._decide(site) for site in sites))
+
+    def check_all_match(self, sites: Sequence[Site]) -> None:
+        """Raise PolicyError for the first rule that matches none of `sites`."""
+        if self.allow_unmatched:
+            return
+        for number, rule in enumerate(self.rules, start=1):
+            if not any(rule.matches(site) for site in sites):
+                raise PolicyError(
+                    f"rule {number} ({rule.conditions()}) matches no layer. {_near_misses(rule, sites)} "
+                    "Correct the rule, remove it, or pass allow_unmatched=True. "
+                    "fxprop.layers(model, example_inputs) lists every name."
+                )
+
+    def _decide(self, site: Site) -> Decision:
+        if site.skip is not None:
+            return Decision(site, "skipped", site.skip, decided_by="fxprop")
+        decided_by, rule = "default", None
+        for number, candidate in enumerate(self.rules, start=1):
+            if candidate.matches(site):
+                decided_by, rule = f"rule {number} ({candidate.conditions()})", candidate
+                break
+        sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
+        if site.is_output and not sets_amount:
+            return Decision(site, "dense", "output layer", decided_by="output layer")
+        settings = self._settings(rule)
+        if settings.k is None and (settings.keep is None or settings.keep == 1.0):
+            return Decision(site, "dense", "keep = 1", decided_by=decided_by)
+        if site.is_complex:
+            raise PolicyError(
+                f"layer {site.name!r} has complex tensors, which have no sparse backward; "
+                f"leave it dense with Rule(name={site.name!r}, keep=1.0)"
+            )
+        n = site.n(settings.select)
+        if n is None:
+            reason = f"select={settings.select!r} needs shapes that are known only with example_inputs"
+            return Decision(site, "skipped", reason, decided_by=decided_by)
+        k = _kept(settings, n)
+        if k == n:
+            return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
+        sparsity = Sparsity(k, n, settings.select, settings.score, settings.bias)
+        return Decision(site, "rewritten", None, sparsity, decided_by)
+
+    def _settings(self, rule: Rule | None) -> Policy:
+        """This policy with `rule`'s settings in place of its own."""
+        given = {s: getattr(rule, s) for s in SETTINGS if getattr(rule, s, None) is not None}
+        if "keep" in given or "k" in given:
+            given = {"keep": None, "k": None, **given}
+        return replace(self, rules=(), **given)
+
+
+def _kept(settings: Policy, n: int) -> int:
+    if settings.k is not None:
+        k = settings.k
+    else:
+        assert settings.keep is not None
+        k = max(1, math.floor(settings.keep * n + 0.5))
+    return min(n, -(-k // settings.round_to) * settings.round_to)
+
+
+def check_keep(keep: Any, where: str) -> None:
+    """Raise PolicyError unless `keep` is a share: a number with 0 < keep <= 1."""
+    number = isinstance(keep, int | float) and not isinstance(keep, bool)
+    if not number or not 0 < keep <= 1:  # NaN fails the comparison
+        raise PolicyError(
+            f"{where}: keep={keep!r}: expected a number with 0 < keep <= 1, the share of the output "
+            "gradient to keep (1.0 is dense)"
+        )
+
+
+def _check_settings(settings: Policy | Rule, where: str) -> None:
+    if settings.keep is not None:
+        check_keep(settings.keep, where)
+    for setting in ("k", "round_to"):
+        value = getattr(settings, setting)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise PolicyError(f"{where}: {setting}={value!r}: expected an integer of at least 1")
+    if settings.keep is not None and settings.k is not None:
+        raise PolicyError(
+            f"{where}: keep={settings.keep!r} and k={settings.k!r} both given: set one of them"
+        )
+    if settings.select is not None and settings.select not in SELECTS:
+        raise PolicyError(f"{where}: select={settings.select!r}: expected one of {', '.join(SELECTS)}")
+    if settings.bias is not None and settings.bias not in BIAS_GRADS:
+        raise PolicyError(f"{where}: bias={settings.bias!r}: expected one of {', '.join(BIAS_GRADS)}")
+    if settings.score is not None:
+        get_score(settings.score)
+
+
+def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:
+    if not sites:
+        return "The model has no layer that a rule could match."
+    for pattern in (rule.name, rule.regex):
+        if pattern is not None:
+            names = [site.name for site in sites]
+            parents = {name.rsplit(".", depth)[0] for name in names for depth in (1, 2)}
+            near = difflib.get_close_matches(
+                pattern, [*names, *(f"{parent}.*" for parent in sorted(parents))], cutoff=0.4
+            )
+            return f"Nearest names: {', '.join(near or names[:3])}."
+    kinds = sorted({site.op for site in sites} | {t for site in sites for t in site.types})
+    return f"Known types: {', '.join(kinds)}."
+
+
+def rule_fields(*, in_files: bool) -> tuple[str, ...]:
+    """The names a rule may set, in order; `where` cannot be written to a file."""
+    names = tuple(f.name for f in fields(Rule))
+    return tuple(n for n in names if n != "where") if in_files else names

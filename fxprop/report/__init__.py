@@ -1,0 +1,1 @@
+"""From a plan to numbers, and from numbers to text."""

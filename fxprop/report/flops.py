@@ -1,0 +1,86 @@
+"""Plan to numbers: the backward FLOPs of every layer. One multiply-add is 2 FLOPs.
+
+All formulas are for a layer whose output has `numel` entries and whose weight has `fan_in` multiply-adds
+for each: a dense gradient costs 2 * numel * fan_in, for grad_input and for grad_weight alike.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fxprop.frontends.shapes import Run
+from fxprop.plan import Decision, Plan, Sparsity
+from fxprop.report.report import Gradients, Layer, Report
+
+
+def make_report(
+    plan: Plan, run: Run | None, *, model: str, frontend: str, mode: str, note: str = ""
+) -> Report:
+    """The report on `plan`; without a `run` the numbers that need shapes are None."""
+    layers = tuple(_layer(decision, counted=run is not None) for decision in plan.decisions)
+    other = None
+    if run is not None:
+        # whatever the run's backward did beyond the listed layers: attention products, skipped layers
+        other = run.backward_flops - sum(layer.dense.total for layer in layers if layer.dense)
+    return Report(model=model, frontend=frontend, mode=mode, layers=layers, other=other, note=note)
+
+
+def _layer(decision: Decision, counted: bool) -> Layer:
+    site, sparsity = decision.site, decision.sparsity
+    layer = Layer(
+        name=site.name,
+        op=site.op,
+        status=decision.status,
+        reason=decision.reason,
+        decided_by=decision.decided_by,
+        input_shape=site.input_shape,
+        weight_shape=site.weight_shape,
+        output_shape=site.output_shape,
+        groups=site.groups,
+        select=sparsity.select if sparsity else None,
+        score=sparsity.score if sparsity else None,
+        k=sparsity.k if sparsity else None,
+        n=sparsity.n if sparsity else None,
+        source=site.source,
+    )
+    if not counted:
+        return layer
+    if decision.status == "skipped" or site.output_shape is None or site.weight_shape is None:
+        return layer.with_counts(0, _NOTHING, _NOTHING, _NOTHING, 0)
+
+    numel = math.prod(site.output_shape)
+    fan_in = math.prod(site.weight_shape[1:])  # C_in/groups * kernel, or in_features
+    forward = 2 * numel * fan_in
+    needs = (site.needs_grad_input, site.needs_grad_weight)
+    dense = _gradients(forward, needs)
+    if sparsity is None:
+        return layer.with_counts(forward, dense, dense, dense, 0)
+    sparse = _gradients(2 * _kept_entries(numel, sparsity) * fan_in, needs)
+    # element selection masks grad_output and runs the dense kernels
+    executed = sparse if sparsity.select == "channel" else dense
+    select_ops = _select_ops(numel, site.weight_shape[0], sparsity) if any(needs) else 0
+    return layer.with_counts(forward, dense, sparse, executed, select_ops)
+
+
+def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
+    return Gradients(grad_input=flops * needs[0], grad_weight=flops * needs[1])
+
+
+_NOTHING = Gradients(0, 0)
+
+
+def _kept_entries(numel: int, sparsity: Sparsity) -> int:
+    """Entries of grad_output that survive: n divides numel for every selection."""
+    return numel // sparsity.n * sparsity.k
+
+
+def _select_ops(numel: int, out_channels: int, sparsity: Sparsity) -> int:
+    """Element operations for the scores, and one comparison per candidate of the top-k.
+
+    A norm costs two per entry (magnitude or square, and sum), a single entry's magnitude or a random
+    draw one. A lower bound: top-k's own passes depend on the kernel.
+    """
+    if sparsity.select == "element":
+        return 2 * numel
+    scoring = out_channels if sparsity.score == "random" else 2 * numel
+    return scoring + out_channels

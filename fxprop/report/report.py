@@ -1,0 +1,201 @@
+"""The report: one record per layer, totals that add up, and its forms as data and text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fxprop.plan import Select, Shape, Status
+from fxprop.report import table
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """FLOPs of a layer's two gradients; one multiply-add is 2."""
+
+    grad_input: int
+    grad_weight: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.grad_input + self.grad_weight
+
+    def to_dict(self) -> dict[str, int]:
+        """As in the report schema."""
+        return {"grad_input": self.grad_input, "grad_weight": self.grad_weight}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One site in the report. FLOP fields are None where there were no example inputs."""
+
+    name: str
+    op: str
+    status: Status
+    reason: str | None
+    decided_by: str
+    input_shape: Shape | None
+    weight_shape: Shape | None
+    output_shape: Shape | None
+    groups: int
+    select: Select | None
+    score: str | None
+    k: int | None
+    n: int | None
+    source: str | None
+    forward: int | None = None
+    # the ordinary backward
+    dense: Gradients | None = None
+    # the arithmetic that the kept entries need
+    sparse: Gradients | None = None
+    # the arithmetic that fxprop's kernels perform
+    executed: Gradients | None = None
+    # element operations spent on scoring and top-k
+    select_ops: int | None = None
+
+    def with_counts(
+        self,
+        forward: int,
+        dense: Gradients,
+        sparse: Gradients,
+        executed: Gradients,
+        select_ops: int,
+    ) -> Layer:
+        """This layer with its numbers filled in."""
+        return replace(
+            self,
+            forward=forward,
+            dense=dense,
+            sparse=sparse,
+            executed=executed,
+            select_ops=select_ops,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the report schema."""
+
+        def gradients(of: Gradients | None) -> dict[str, int] | None:
+            return None if of is None else of.to_dict()
+
+        return {
+            "name": self.name,
+            "op": self.op,
+            "status": self.status,
+            "reason": self.reason,
+            "decided_by": self.decided_by,
+            "source": self.source,
+            "input_shape": _as_list(self.input_shape),
+            "weight_shape": _as_list(self.weight_shape),
+            "output_shape": _as_list(self.output_shape),
+            "groups": self.groups,
+            "select": self.select,
+            "score": self.score,
+            "k": self.k,
+            "n": self.n,
+            "forward": self.forward,
+            "dense": gradients(self.dense),
+            "sparse": gradients(self.sparse),
+            "executed": gradients(self.executed),
+            "select_ops": self.select_ops,
+        }
+
+
+def _as_list(shape: Shape | None) -> list[int] | None:
+    return None if shape is None else list(shape)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the layers; None where there were no example inputs."""
+
+    forward: int | None
+    dense: int | None
+    sparse: int | None
+    executed: int | None
+    select_ops: int | None
+    # backward FLOPs outside the listed sites, and of skipped layers
+    other: int | None
+    # 1 - (executed + other) / (dense + other)
+    saving: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a policy saves on a model's backward pass.
+
+    >>> gm, report = fxprop.transform(model, 0.05, (x,))
+    >>> print(report)
+    >>> report.totals.saving, report.to_dict()["totals"]["executed"]
+
+    Counts are FLOPs, one multiply-add = 2, of one backward pass on the example inputs in the given
+    mode. `dense` is the ordinary backward, `sparse` the arithmetic that the kept entries need,
+    `executed` what fxprop's kernels perform; element selection masks and runs the dense kernels, so
+    there `executed` equals `dense`.
+    """
+
+    model: str
+    frontend: str
+    # "train" or "eval": the mode the model was in
+    mode: str
+    layers: tuple[Layer, ...]
+    other: int | None
+    note: str = ""
+
+    @property
+    def totals(self) -> Totals:
+        """The columns summed; `saving` is 0.0 for a backward without FLOPs."""
+        if self.other is None:
+            return Totals(None, None, None, None, None, None, None)
+        sums = {
+            column: sum(g.total for layer in self.layers if (g := getattr(layer, column)))
+            for column in ("dense", "sparse", "executed")
+        }
+        whole = sums["dense"] + self.other
+        saving = 1 - (sums["executed"] + self.other) / whole if whole else 0.0
+        return Totals(
+            forward=sum(layer.forward or 0 for layer in self.layers),
+            select_ops=sum(layer.select_ops or 0 for layer in self.layers),
+            other=self.other,
+            saving=saving,
+            **sums,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; `docs` of the schema are in README.md."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "frontend": self.frontend,
+            "mode": self.mode,
+            "fxprop": metadata.version("fxprop"),
+            "torch": torch.__version__,
+            "flops_per_multiply_add": 2,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "totals": vars(self.totals),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per layer, exact numbers; columns as in the schema, flattened."""
+        return table.to_csv([layer.to_dict() for layer in self.layers])
+
+    def to_markdown(self) -> str:
+        """The text tables as Markdown."""
+        return table.render(self, "github")
+
+    def to_html(self) -> str:
+        """The text tables as HTML fragments, names escaped."""
+        return table.render(self, "html")
+
+    def __str__(self) -> str:
+        return table.render(self, "simple")

@@ -1,0 +1,300 @@
+"""The public functions: transform, estimate, layers, restore. The one place that knows the order of stages.
+
+model -> (front-end) graphs and shapes -> (match) sites -> (policy) plan -> (rewrite) graphs -> report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from fxprop.errors import InputError, ModelError, PolicyError, TraceError
+from fxprop.frontends.module import TracedModule, copy_graphs
+from fxprop.frontends.shapes import Run, run_on_fakes
+from fxprop.frontends.symbolic import LeafModules, bind_arguments, trace
+from fxprop.graph.match import find_sites
+from fxprop.graph.rewrite import rewrite, rewritten_nodes
+from fxprop.graph.verify import verify_graph, verify_state
+from fxprop.inspect import require_transformed
+from fxprop.plan import Plan, Site
+from fxprop.policy import Policy
+from fxprop.policy_files import PolicyLike, as_policy
+from fxprop.report.flops import make_report
+from fxprop.report.report import Report
+
+Frontend = Literal["auto", "symbolic"]
+ExampleInputs = tuple[Any, ...] | torch.Tensor | None
+
+
+class Transformed(NamedTuple):
+    """What `transform` returns: the module to train, and what it saves."""
+
+    module: TracedModule
+    report: Report
+
+
+def transform(
+    model: nn.Module,
+    policy: PolicyLike,
+    example_inputs: ExampleInputs = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    frontend: Frontend = "auto",
+    leaf_modules: LeafModules = (),
+) -> Transformed:
+    """Rewrite a model so that its backward pass uses only part of each layer's output gradient.
+
+    >>> model = torchvision.models.resnet50(weights="DEFAULT")
+    >>> gm, report = fxprop.transform(model, 0.05, (torch.empty(8, 3, 224, 224),))
+    >>> print(report); print(gm.code)
+    >>> gm(images).sum().backward()
+
+    Args:
+        model: any nn.Module that torch.fx can trace, or a GraphModule. It is not changed.
+        policy: a Policy, one keep ratio for all layers, a mapping, or the path of a .toml or .json file.
+        example_inputs: the model's positional inputs, real, fake or on the meta device; only shapes,
+            dtypes and requires_grad are used, nothing is computed. Without them FLOPs are not counted.
+        example_kwargs: keyword inputs.
+        frontend: how to get the graph; "auto" and "symbolic" are torch.fx tracing.
+        leaf_modules: module classes or qualified names to keep as one call (their layers stay dense).
+
+    Returns:
+        (module, report). The module's output is bit-equal to the model's in train and eval mode; it
+        holds the same Parameter and buffer objects under the same state_dict keys in the same order.
+
+    Raises:
+        ModelError, InputError, TraceError, PolicyError: see their messages. The model stays as it was.
+    """
+    stages = _Stages.run(model, policy, example_inputs, example_kwargs, frontend, leaf_modules)
+    return Transformed(stages.rewritten(model), stages.report())
+
+
+def estimate(
+    model: nn.Module,
+    policy: PolicyLike,
+    example_inputs: ExampleInputs,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    frontend: Frontend = "auto",
+    leaf_modules: LeafModules = (),
+) -> Report:
+    """The report that `transform` would return, without making the module.
+
+    >>> with torch.device("meta"):
+    ...     model = torchvision.models.vit_h_14()
+    >>> print(fxprop.estimate(model, 0.05, (torch.empty(8, 3, 224, 224, device="meta"),)))
+
+    Arguments and errors as in `transform`. Needs no weights: a model on the meta device takes seconds
+    and no memory, whatever its size.
+    """
+    return _Stages.run(model, policy, example_inputs, example_kwargs, frontend, leaf_modules).report()
+
+
+def layers(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    frontend: Frontend = "auto",
+    leaf_modules: LeafModules = (),
+) -> tuple[Site, ...]:
+    """Everything a policy can name, in graph order, of the mode the model is in.
+
+    >>> for site in fxprop.layers(model, (x,)):
+    ...     print(site.name, site.op, site.weight_shape, site.n("channel"), site.skip)
+
+    Arguments and errors as in `transform`.
+    """
+    dense = Policy()
+    return _Stages.run(model, dense, example_inputs, example_kwargs, frontend, leaf_modules).sites()
+
+
+def restore(gm: nn.Module) -> TracedModule:
+    """The graph before the rewrite, with the parameters as they are now.
+
+    >>> dense = fxprop.restore(gm)
+    >>> dense.fc.weight is gm.fc.weight
+    True
+
+    `gm` is not changed. Raises ModelError for a module that `transform` did not return.
+    """
+    module = require_transformed(gm)
+    assert module.graphs_before is not None
+    return TracedModule(
+        module.tree(), copy_graphs(module.graphs_before), type(module).__name__, untraced=module.untraced
+    )
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages up to the plan, for each mode that has a graph of its own."""
+
+    name: str
+    traced: TracedModule
+    runs: Mapping[bool, Run | None]
+    plans: Mapping[bool, Plan]
+
+    @classmethod
+    def run(
+        cls,
+        model: nn.Module,
+        policy: PolicyLike,
+        example_inputs: ExampleInputs,
+        example_kwargs: Mapping[str, Any] | None,
+        frontend: str,
+        leaf_modules: LeafModules,
+    ) -> _Stages:
+        resolved = as_policy(policy)
+        _check_model(model)
+        _check_frontend(frontend)
+        args, kwargs = _check_inputs(example_inputs, example_kwargs)
+        has_inputs = example_inputs is not None or bool(example_kwargs)
+        given = bind_arguments(model, args, kwargs) if has_inputs else None
+        traced = trace(model, given, leaf_modules)
+        _check_not_rewritten(traced)
+
+        runs: dict[bool, Run | None] = {}
+        sites: dict[bool, tuple[Site, ...]] = {}
+        for mode, graph in _distinct(traced):
+            runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
+            sites[mode] = find_sites(traced, graph, runs[mode])
+        resolved.check_all_match([site for of_mode in sites.values() for site in of_mode])
+        plans = {mode: resolved.resolve(of_mode) for mode, of_mode in sites.items()}
+        if not has_inputs:
+            _check_needs_no_shapes(plans)
+        return cls(type(model).__name__, traced, runs, plans)
+
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(d.site for d in self.plans[self.traced.training].decisions)
+
+    def report(self) -> Report:
+        mode = self.traced.training
+        note = ""
+        if len(self.plans) > 1:
+            other = "eval" if mode else "train"
+            note = (
+                f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
+            )
+        return make_report(
+            self.plans[mode],
+            self.runs[mode],
+            model=self.name,
+            frontend="symbolic",
+            mode="train" if mode else "eval",
+            note=note,
+        )
+
+    def rewritten(self, model: nn.Module) -> TracedModule:
+        before = self.traced.graphs
+        graphs: dict[bool, fx.Graph] = {}
+        for mode, plan in self.plans.items():
+            graphs[mode] = rewrite(before[mode], plan)
+            verify_graph(before[mode], graphs[mode], plan)
+        for mode in before:
+            graphs.setdefault(mode, graphs[self.traced.training])
+        module = TracedModule(
+            self.traced.tree(), graphs, self.name, before=before, untraced=self.traced.untraced
+        )
+        verify_state(model, module)
+        return module
+
+
+def _distinct(traced: TracedModule) -> list[tuple[bool, fx.Graph]]:
+    """(mode, graph), the present mode first; the other one only if it has a graph of its own."""
+    here = traced.training
+    pairs = [(here, traced.graphs[here])]
+    other = traced.graphs.get(not here)
+    if other is not None and other is not traced.graphs[here]:
+        pairs.append((not here, other))
+    return pairs
+
+
+def _run(traced: TracedModule, mode: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | None:
+    """The run in `mode`; None if only the mode the model is not in fails (a batch of 1, in training)."""
+    if mode == traced.training:
+        return run_on_fakes(traced, traced.graphs[mode], args, kwargs)
+    twin = TracedModule(traced.tree(), traced.graphs, "twin").train(mode)
+    try:
+        return run_on_fakes(twin, traced.graphs[mode], args, kwargs)
+    except InputError:
+        return None
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {name}: expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{name} is a TorchScript module: pass the nn.Module it was made from")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"{name} comes from torch.compile: transform the module first, then compile the result"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(f"{name} wraps a model: transform model.module first, then wrap the result")
+    lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ModelError(
+            f"{name} has lazy parameters without a shape ({', '.join(lazy[:3])}): "
+            "run the model once on real inputs first"
+        )
+    # 0-d tensors mix with any device
+    tensors = (*model.parameters(), *(b for b in model.buffers() if b.dim() > 0))
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise ModelError(
+            f"{name} has parameters or buffers on several devices ({', '.join(devices)}): "
+            "move it to one with model.to(device)"
+        )
+
+
+def _check_frontend(frontend: str) -> None:
+    if frontend not in ("auto", "symbolic"):
+        raise TraceError(f"unknown front-end {frontend!r}: expected 'auto' or 'symbolic'")
+
+
+def _check_inputs(
+    example_inputs: ExampleInputs, example_kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
+        raise InputError(
+            f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of the model's "
+            "positional inputs, such as (torch.empty(8, 3, 224, 224),), or one tensor"
+        )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InputError(
+            f"example_kwargs is a {type(example_kwargs).__name__}: expected a dict of keyword inputs"
+        )
+    args, kwargs = example_inputs or (), dict(example_kwargs or {})
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(leaf, torch.Tensor | bool | int | float | str | type(None)):
+            raise InputError(
+                f"example inputs contain a {type(leaf).__name__}: expected tensors, and plain values "
+                "where the model takes them"
+            )
+    return args, kwargs
+
+
+def _check_not_rewritten(traced: TracedModule) -> None:
+    graphs = list(traced.graphs.values())
+    graphs += [m.graph for m in traced.modules() if isinstance(m, fx.GraphModule)]
+    if any(rewritten_nodes(graph) for graph in graphs):
+        raise ModelError(
+            f"{type(traced).__name__} was already transformed by fxprop: call fxprop.restore on it first, "
+            "then transform the result"
+        )
+
+
+def _check_needs_no_shapes(plans: Mapping[bool, Plan]) -> None:
+    for plan in plans.values():
+        for decision in plan.decisions:
+            if decision.status == "skipped" and decision.site.skip is None:
+                raise PolicyError(f"layer {decision.site.name!r}: {decision.reason}; pass example_inputs")
