@@ -11,6 +11,7 @@ from fxprop.policy import Policy, Rule
 from fxprop.policy_files import load_policy
 from fxprop.report.report import Report
 from fxprop.transform import Transformed, estimate, layers, restore, transform
+from fxprop.version import __version__
 
 __all__ = [
     "FxpropError",
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "Rule",
     "Transformed",
+    "__version__",
     "code_diff",
     "estimate",
     "layers",

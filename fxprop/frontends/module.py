@@ -70,8 +70,8 @@ class TracedModule(fx.GraphModule):
         if mode not in self._graphs:
             here, there = ("eval", "train") if mode else ("train", "eval")
             raise TraceError(
-                f"{type(self).__name__} was transformed in {here} mode, and its code could not be traced "
-                f"in {there} mode: {self._untraced} Call .{there}() on the original model and transform that."
+                f"{type(self).__name__} was transformed in {here} mode; its code could not be traced in "
+                f"{there} mode: {self._untraced} Call .{there}() on the original model and transform that."
             )
         super().train(mode)
         if self._graph is not self._graphs[mode]:

@@ -6,8 +6,10 @@ the model's size and changes no tensor, no module and no random state. Knows not
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import fx, nn
 # not a public path, but the one torch's own documentation imports FakeTensorMode from;
 # tests/test_private_api.py notices if it moves
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
@@ -73,7 +76,7 @@ def run_on_fakes(
     counting = {torch.ops.aten.convolution_backward: _conv_backward_flops}
     run = Run()
     interpreter = _Recorder(module, graph, run)
-    with mode, torch.enable_grad():
+    with _no_logging(), mode, torch.enable_grad():
         with FlopCounterMode(display=False, custom_mapping=counting) as forward:
             outputs = interpreter.run_on(values)
         run.forward_flops = forward.get_total_flops()
@@ -85,6 +88,17 @@ def run_on_fakes(
                 torch.autograd.grad(losses, fakes.leaves, seeds, allow_unused=True)
             run.backward_flops = backward.get_total_flops()
     return run
+
+
+@contextlib.contextmanager
+def _no_logging() -> Iterator[None]:
+    # fake tensors log a traceback before they raise; our error says the same in one line
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def model_device(module: nn.Module) -> torch.device | None:
@@ -171,6 +185,11 @@ class _Recorder(fx.Interpreter):
             self._run.outputs[node.name] = tensor_info(value)
             node.meta["tensor_meta"] = _metadata(value)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # generated code passes fresh lists, which functions may change; the graph's own are immutable
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _plain(args), _plain(kwargs)
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         raise AssertionError("placeholders are given in the initial environment")
 
@@ -180,6 +199,17 @@ class _Recorder(fx.Interpreter):
         if self._at is not None and isinstance(weight, torch.Tensor):
             self._run.weights[self._at.name] = tensor_info(weight)
         return result
+
+
+def _plain(value: Any) -> Any:
+    """`value` with fx's immutable lists and dicts as ordinary ones."""
+    if type(value) in (list, immutable_list):
+        return [_plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_plain(item) for item in value)
+    if type(value) in (dict, immutable_dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def _bind(placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,13 @@ class SiteTracer(fx.Tracer):
             if self._failed_in is None:
                 self._failed_in = f"module {self.path_of_module(m)!r} ({type(m).__name__})"
             raise
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:
+            # fx would make it a plain dict
+            items = [(key, value) for key, value in a.items()]
+            return self.create_proxy("call_function", OrderedDict, (items,), {}).node
+        return super().create_arg(a)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -1,7 +1,7 @@
 """Reading function calls: F.conv1d/2d/3d and F.linear (and their aten forms) to sites.
 
-Arguments are bound by name. Products with a parameter that have no sparse operator are listed with that
-reason.
+Arguments are bound by name. Other calls that use a matrix parameter are listed with the reason why they
+stay as they are.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _PRODUCTS = {
 def read_call(context: Context, node: fx.Node) -> Site | None:
     """The site at a call_function or call_method node, or None if it multiplies by no weight."""
     op = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    return _product(node) if op is None else _site(context, node, op)
+    return _opaque(context, node) if op is None else _site(context, node, op)
 
 
 def _site(context: Context, node: fx.Node, op: str) -> Site:
@@ -118,18 +118,43 @@ def _attribute_info(traced: TracedModule, target: str) -> TensorInfo | None:
     return tensor_info(tensor)
 
 
-def _product(node: fx.Node) -> Site | None:
-    """A product with a parameter by an operator that has no sparse backward."""
+def _opaque(context: Context, node: fx.Node) -> Site | None:
+    """A call that uses a matrix parameter in a way that has no sparse operator."""
     name = call_name(node.target)
-    if name not in _PRODUCTS:
-        return None
-    weight = next((n for n in node.all_input_nodes if n.op == "get_attr"), None)
-    if weight is None:
+    weights = [n for n in node.all_input_nodes if n.op == "get_attr" and _is_matrix(context, n)]
+    if not weights:
         return None  # an activation product, such as attention's: nothing to name
+    if name in _PRODUCTS:
+        reason = f"{name} with a parameter has no sparse operator; its FLOPs are in `other`"
+    elif node.op == "call_function" and _is_users(node.target):
+        names = ", ".join(str(weight.target) for weight in weights)
+        reason = f"function {name} is kept as one call and uses {names}; its FLOPs are in `other`"
+    else:
+        return None
     return Site(
-        name=_function_name(node, weight),
+        name=_function_name(node, weights[0]),
         op=name,
         node=node.name,
-        skip=f"{name} with a parameter has no sparse operator; its FLOPs are in `other`",
+        skip=reason,
         source=source_line(node),
+    )
+
+
+def _is_matrix(context: Context, node: fx.Node) -> bool:
+    info = _attribute_info(context.traced, str(node.target))
+    return info is None or len(info.shape) >= 2
+
+
+def _is_users(function: Any) -> bool:
+    """Whether a function comes from outside torch and Python, as those marked with torch.fx.wrap do."""
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return package not in (
+        "",
+        "torch",
+        "_operator",
+        "operator",
+        "builtins",
+        "math",
+        "collections",
+        "fxprop",
     )

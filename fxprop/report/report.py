@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from fxprop.plan import Select, Shape, Status
 from fxprop.report import table
+from fxprop.version import __version__
 
 SCHEMA = 1
 
@@ -174,7 +174,7 @@ class Report:
             "model": self.model,
             "frontend": self.frontend,
             "mode": self.mode,
-            "fxprop": metadata.version("fxprop"),
+            "fxprop": __version__,
             "torch": torch.__version__,
             "flops_per_multiply_add": 2,
             "layers": [layer.to_dict() for layer in self.layers],
