@@ -173,9 +173,6 @@ class Policy:
             if candidate.matches(site):
                 decided_by, rule = f"rule {number} ({candidate.conditions()})", candidate
                 break
-        sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
-        if site.is_output and not sets_amount:
-            return Decision(site, "dense", "output layer", decided_by="output layer")
         settings = self._settings(rule)
         if settings.k is None and (settings.keep is None or settings.keep == 1.0):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
@@ -184,6 +181,9 @@ class Policy:
                 f"layer {site.name!r} has complex tensors, which have no sparse backward; "
                 f"leave it dense with Rule(name={site.name!r}, keep=1.0)"
             )
+        sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
+        if site.is_output and not sets_amount:
+            return Decision(site, "dense", "output layer", decided_by="output layer")
         n = site.n(settings.select)
         if n is None:
             reason = f"select={settings.select!r} needs shapes that are known only with example_inputs"

@@ -11,14 +11,15 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-# not a public path, but the one torch's own documentation imports FakeTensorMode from;
-# tests/test_private_api.py notices if it moves
-from torch._subclasses.fake_tensor import FakeTensorMode
+# not a public path, but the one torch's own documentation imports them from;
+# tests/test_project.py notices if they move
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
@@ -167,6 +168,12 @@ class _Recorder(fx.Interpreter):
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             place = "" if self._at is None else f" at {_place(self._at)}"
+            if isinstance(error, DataDependentOutputException):
+                raise InputError(
+                    f"the model reads the values of tensors{place}, and fxprop finds shapes with fake "
+                    f"tensors, which have none ({reason}). Leave example_inputs out: the model is "
+                    "transformed without counting FLOPs."
+                ) from error
             raise InputError(
                 f"the model cannot run on the example inputs ({described}): it fails{place}: {reason}. "
                 "Pass inputs of the shape, dtype and device that the model takes."
@@ -177,7 +184,8 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         self._note(n, value)
         if n.op.startswith("call_") and _is_differentiable(value):
-            value.register_hook(lambda _, name=n.name: self._run.reached.add(name))
+            # holds the set alone: a hook that held the interpreter would keep the model alive for ever
+            value.register_hook(partial(_note_reached, self._run.reached, n.name))
         return value
 
     def _note(self, node: fx.Node, value: Any) -> None:
@@ -210,6 +218,10 @@ def _plain(value: Any) -> Any:
     if type(value) in (dict, immutable_dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _note_reached(reached: set[str], name: str, grad: torch.Tensor) -> None:
+    reached.add(name)
 
 
 def _bind(placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

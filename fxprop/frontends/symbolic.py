@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import FxpropError, InputError, TraceError
 from fxprop.frontends.module import TracedModule, copy_graphs
+from fxprop.frontends.shapes import describe
 from fxprop.frontends.tree import copy_tree
 
 # module types, or qualified names, that are kept as one call
@@ -82,7 +83,7 @@ def check_fixed(value: Any, name: str, fixed: Any) -> None:
         return
     if not (value is fixed or (type(value) is type(fixed) and value == fixed)):
         raise InputError(
-            f"argument {name!r} is {value!r}, but the graph was made for {name}={fixed!r}; "
+            f"argument {name!r} is {describe(value)}, but the graph was made for {name}={fixed!r}; "
             "transform again with that value in example_inputs or example_kwargs"
         )
 

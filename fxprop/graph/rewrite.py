@@ -15,6 +15,7 @@ from torch import fx
 
 from fxprop import ops
 from fxprop.errors import RewriteError
+from fxprop.ops.common import Keep
 from fxprop.plan import Call, Decision, Operand, Plan
 
 # the one key that fxprop writes to node.meta: the node's Decision
@@ -70,15 +71,8 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     node.op = "call_function"
     node.target = OPERATORS[site.op]
     node.args = (input_, weight, bias)
-    settings: dict[str, Any] = {
-        **call.geometry,
-        "k": sparsity.k,
-        "select": sparsity.select,
-        "score": sparsity.score,
-    }
-    if sparsity.bias != "full":
-        settings["bias_grad"] = sparsity.bias
-    node.kwargs = settings
+    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias)
+    node.kwargs = {**call.geometry, **keep.arguments()}
     node.meta[META_KEY] = decision
 
 

@@ -23,6 +23,10 @@ class Keep(NamedTuple):
     score: str
     bias_grad: BiasGrad
 
+    def arguments(self) -> dict[str, Any]:
+        """As keywords of a call, without the default that generated code leaves out."""
+        return {k: v for k, v in self._asdict().items() if (k, v) != ("bias_grad", "full")}
+
 
 def public(function: F) -> F:
     """Name `function` by the package it is imported from.

@@ -198,7 +198,7 @@ def _convolve(
             padding=padding,
             dilation=dilation,
             groups=groups,
-            **keep._asdict(),
+            **keep.arguments(),
         )
     check_keep(op.__name__, keep, weight)
     dense_by_k = keep.select == "channel" and keep.k >= _channels_to_select_from(weight, groups)

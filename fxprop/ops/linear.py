@@ -117,19 +117,12 @@ def linear(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(
-            linear,
-            (input, weight, bias),
-            input,
-            weight,
-            bias,
-            k=k,
-            select=select,
-            score=score,
-            bias_grad=bias_grad,
-        )
     keep = Keep(k, select, score, bias_grad)
+    if has_torch_function((input, weight, bias)):
+        traced: Tensor = handle_torch_function(
+            linear, (input, weight, bias), input, weight, bias, **keep.arguments()
+        )
+        return traced
     check_keep("linear", keep, weight)
     if k >= weight.shape[0] or not needs_backward(input, weight, bias):
         return F.linear(input, weight, bias)

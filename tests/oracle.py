@@ -1,0 +1,168 @@
+"""An independent reading of the semantics: dense autograd with grad_output masked by hand.
+
+Nothing here uses fxprop. Selection is by sorting and loops; gradients are autograd's own.
+"""
+
+import math
+import types
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a masked operator keeps: a share (or k) of grad_output."""
+
+    keep: float | None = None
+    k: int | None = None
+    select: str = "channel"
+    score: str = "l1"
+    bias: str = "full"
+    round_to: int = 1
+
+    def count(self, n):
+        k = self.k if self.k is not None else max(1, math.floor(self.keep * n + 0.5))
+        return min(n, math.ceil(k / self.round_to) * self.round_to)
+
+
+def largest(scores, k):
+    """Positions of the k largest of a list of numbers."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+
+
+def _scores(rows, score):
+    if score == "l1":
+        return [row.abs().sum().item() for row in rows]
+    return [row.pow(2).sum().sqrt().item() for row in rows]
+
+
+def conv_mask(grad, groups, keep):
+    """0/1 mask of grad [N, C_out, *spatial]."""
+    mask = torch.zeros_like(grad)
+    out_channels = grad.shape[1]
+    if keep.select == "element":
+        return element_mask(grad.reshape(grad.shape[0], -1), keep).reshape(grad.shape)
+    # a group of one channel is kept or dropped as a whole
+    runs = 1 if groups == out_channels else groups
+    size = out_channels // runs
+    for run in range(runs):
+        channels = range(run * size, (run + 1) * size)
+        scores = _scores([grad[:, c] for c in channels], keep.score)
+        for best in largest(scores, keep.count(size)):
+            mask[:, channels[best]] = 1
+    return mask
+
+
+def linear_mask(grad, keep):
+    """0/1 mask of grad [*, out_features]."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    if keep.select == "element":
+        return element_mask(flat, keep).reshape(grad.shape)
+    mask = torch.zeros_like(flat)
+    scores = _scores(list(flat.t()), keep.score)
+    mask[:, largest(scores, keep.count(flat.shape[1]))] = 1
+    return mask.reshape(grad.shape)
+
+
+def element_mask(rows, keep):
+    """0/1 mask of rows [examples, n]: the largest magnitudes of each."""
+    mask = torch.zeros_like(rows)
+    for example, row in enumerate(rows):
+        mask[example, largest(row.abs().tolist(), keep.count(rows.shape[1]))] = 1
+    return mask
+
+
+def masked(output, bias, bias_shape, keep, mask):
+    """output + bias, with the gradient of `output` masked; the bias sees what `keep.bias` says."""
+    if bias is not None and keep.bias == "selected":
+        output = output + bias.view(bias_shape)
+    # a tensor of its own, not a view: an in-place activation that follows would take a view's hook away
+    output = output * 1
+    if output.requires_grad:
+        output.register_hook(lambda grad: grad * mask(grad))
+    if bias is not None and keep.bias == "full":
+        output = output + bias.view(bias_shape)
+    return output
+
+
+def masked_linear(keep):
+    """F.linear with its gradient masked."""
+
+    def linear(x, weight, bias=None):
+        y = F.linear(x, weight)
+        return masked(y, bias, (-1,), keep, lambda g: linear_mask(g, keep))
+
+    return linear
+
+
+def masked_conv(dims, keep):
+    """F.conv{dims}d with its gradient masked."""
+    dense = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+
+    def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        y = dense(batched, weight, None, stride, padding, dilation, groups)
+        shape = (-1,) + (1,) * dims
+        y = masked(y, bias, shape, keep, lambda g: conv_mask(g, groups, keep))
+        return y if x.dim() == dims + 2 else y.squeeze(0)
+
+    return conv
+
+
+def mask_module(module, keep):
+    """Make an nn.Conv*d or nn.Linear mask its output gradient."""
+    if isinstance(module, nn.Linear):
+        linear = masked_linear(keep)
+        module.forward = lambda x: linear(x, module.weight, module.bias)
+        return
+    dims = module.weight.dim() - 2
+    conv = masked_conv(dims, keep)
+
+    def conv_forward(self, x, weight, bias):
+        if self.padding_mode == "zeros":
+            return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    module._conv_forward = types.MethodType(conv_forward, module)
+
+
+def mask_model(model, keep, except_for=()):
+    """Mask every conv and linear of `model` but the named ones; returns the names masked."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and name not in except_for:
+            mask_module(module, keep)
+            names.append(name)
+    return names
+
+
+def gradients(model, inputs, seed=0):
+    """Gradients of a fixed random loss: {parameter name: grad}, [input grads]."""
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    for parameter in model.parameters():
+        parameter.grad = None
+    output = model(*inputs)
+    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    return {n: p.grad for n, p in model.named_parameters()}, [x.grad for x in inputs]
+
+
+def assert_same_gradients(ours, theirs, atol=1e-10, rtol=1e-9):
+    """Both results of `gradients` agree, parameter by parameter."""
+    assert ours[0].keys() == theirs[0].keys()
+    for name, grad in ours[0].items():
+        expected = theirs[0][name]
+        assert (grad is None) == (expected is None), name
+        if grad is not None:
+            torch.testing.assert_close(
+                grad, expected, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for grad, expected in zip(ours[1], theirs[1], strict=True):
+        if expected is not None:
+            torch.testing.assert_close(grad, expected, atol=atol, rtol=rtol)

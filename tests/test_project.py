@@ -1,0 +1,119 @@
+"""The shape of the code base: layers, a cheap import, and the private names of torch it leans on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxprop
+
+PACKAGE = Path(fxprop.__file__).parent
+
+# each row may import only rows above it (and its own)
+LAYERS = [
+    ["errors", "version"],
+    ["plan"],
+    ["ops"],
+    ["policy"],
+    ["policy_files"],
+    ["frontends"],
+    ["graph"],
+    ["report"],
+    ["inspect"],
+    ["transform"],
+    ["model_sources"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imports_of(source):
+    """Names of fxprop's own top-level parts that a file imports."""
+    for node in ast.walk(ast.parse(source)):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "fxprop":
+            modules = [f"fxprop.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            modules = [node.module]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for module in modules:
+            if module.startswith("fxprop."):
+                yield module.split(".")[1]
+
+
+def violations(files):
+    return [
+        f"{path} imports {imported}"
+        for path, source in files.items()
+        for imported in imports_of(source)
+        if RANK[imported] > RANK[Path(path).parts[0].removesuffix(".py")]
+    ]
+
+
+def test_every_part_imports_only_what_is_above_it():
+    files = {
+        str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")
+    }
+    assert {Path(path).parts[0].removesuffix(".py") for path in files} == set(RANK)
+    assert violations(files) == []
+
+
+def test_the_layering_check_can_fail():
+    assert violations({"ops/conv.py": "from fxprop.policy import Policy"})
+    assert violations({"plan.py": "from fxprop import ops"})
+
+
+def test_files_stay_small():
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert long == {}
+
+
+def test_import_is_cheap():
+    """What fxprop's import adds to torch's own is none of the slow ones."""
+    slow = "torchvision torch._dynamo torch._inductor torch.utils.flop_counter sympy torch.onnx triton"
+    code = (
+        "import sys, torch; before = set(sys.modules); import fxprop; "
+        f"print([m for m in {slow.split()} if m in sys.modules and m not in before])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_exist():
+    assert len(fxprop.__all__) <= 16
+    for name in fxprop.__all__:
+        assert getattr(fxprop, name) is not None
+
+
+def test_private_names_of_torch_are_still_there():
+    """If one of these moves, the comment beside its use says what it was for."""
+    from torch import nn
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch.utils import _pytree
+
+    assert issubclass(DataDependentOutputException, RuntimeError)
+    assert FakeTensorMode.__module__ == "torch._subclasses.fake_tensor"
+    assert issubclass(nn.BatchNorm2d, nn.modules.batchnorm._NormBase)
+    assert issubclass(nn.Dropout, nn.modules.dropout._DropoutNd)
+    assert list(nn.Conv2d(1, 1, 3, padding=1)._reversed_padding_repeated_twice) == [1, 1, 1, 1]
+    assert {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"} <= set(
+        vars(nn.Linear(1, 1))
+    )
+    assert {"_parameters", "_buffers", "_modules"} <= set(vars(nn.Linear(1, 1)))
+    assert _pytree.tree_leaves({"a": [1, (2,)]}) == [1, 2]
+
+
+def test_errors_are_one_family():
+    from fxprop import errors
+
+    subclasses = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert len(subclasses) > 6
+    for error in subclasses:
+        assert issubclass(error, fxprop.FxpropError)
+    with pytest.raises(fxprop.FxpropError, match="keep"):
+        fxprop.Policy(keep=2)
