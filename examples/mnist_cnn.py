@@ -14,17 +14,15 @@ import fxprop
 
 def make_cnn(norm_after):
     layers = []
-    for channels in ((1, 32), (32, 64)):
-        convolution, norm = nn.Conv2d(*channels, 5, padding=2), nn.BatchNorm2d(channels[1])
-        block = [convolution, nn.ReLU(), nn.MaxPool2d(2)]
-        block.insert(1 if norm_after == "conv" else 3, norm)
-        layers += block
+    for ins, outs in ((1, 32), (32, 64)):
+        layers += [nn.Conv2d(ins, outs, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        layers.insert(-2 if norm_after == "conv" else len(layers), nn.BatchNorm2d(outs))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3136, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
 def load(data, train):
     digits = datasets.MNIST(data, train=train, transform=transforms.ToTensor(), download=True)
-    return torch.utils.data.TensorDataset(torch.stack([image for image, _ in digits]), digits.targets)
+    return torch.utils.data.TensorDataset(torch.stack([x for x, _ in digits]), digits.targets)
 
 
 def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False):
@@ -39,28 +37,23 @@ def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool"
         backward, start = 0.0, time.perf_counter()
         for x, y in tqdm(batches, f"epoch {epoch}", disable=quiet, leave=False):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            before = time.perf_counter()
+            loss, before = F.cross_entropy(model(x), y), time.perf_counter()
             loss.backward()
             backward += time.perf_counter() - before
             optimizer.step()
         times.append((backward, time.perf_counter() - start))
-        model.eval()
         with torch.no_grad():
-            predicted = torch.cat([model(x).argmax(1) for x in images.split(500)])
-        model.train()
+            predicted = torch.cat([model.eval()(x).argmax(1) for x in images.split(500)])
         accuracy = 100 * (predicted == labels).double().mean().item()
-        print(
-            f"epoch {epoch}: accuracy {accuracy:.2f} %, backward {backward:.2f} s of {times[-1][1]:.2f} s"
-        )
+        model.train()
+        print(f"epoch {epoch}: accuracy {accuracy:.2f} %, backward {backward:.2f} of {times[-1][1]:.2f} s")
     return accuracy, times, report
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="data", help="where MNIST is, or is downloaded to")
     parser.add_argument("--select", choices=("element", "channel", "dense"), default="channel")
     parser.add_argument("--norm-after", choices=("pool", "conv"), default="pool")
-    for name, kind, default in (("keep", float, 0.05), ("epochs", int, 6), ("seed", int, 0)):
-        parser.add_argument(f"--{name}", type=kind, default=default)
+    for name, default in {"data": "data", "keep": 0.05, "epochs": 6, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     print(train(**vars(parser.parse_args()))[2])

@@ -1,0 +1,81 @@
+"""The examples run, at tiny size; real digits are learned."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets.mnist import MNIST
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script, *argv):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, argv)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def write_idx(path, tensor):
+    """A uint8 tensor in MNIST's own file format."""
+    header = bytes([0, 0, 8, tensor.dim()]) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+    path.write_bytes(header + tensor.numpy().tobytes())
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path):
+    """Noise in the shape of MNIST, where torchvision's class finds it."""
+    raw = tmp_path / MNIST.__name__ / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 128), ("t10k", 64)):
+        write_idx(raw / f"{name}-images-idx3-ubyte", torch.randint(0, 256, (count, 28, 28)).byte())
+        write_idx(raw / f"{name}-labels-idx1-ubyte", torch.randint(0, 10, (count,)).byte())
+    return tmp_path
+
+
+def test_finetune():
+    out = run("finetune_resnet.py", "--steps", 2, "--batch", 2, "--size", 64)
+    assert "20 layers rewritten" in out
+    assert re.search(r"backward [\d.]+x, whole step [\d.]+x as fast as dense", out)
+    dense, sparse = re.findall(r"losses ([\d.]+), ([\d.]+)", out)
+    assert dense[0] == sparse[0]  # the same forward from the same weights
+    assert dense[1] != sparse[1]
+
+
+@pytest.mark.parametrize("select", ["element", "channel", "dense"])
+def test_mnist(tiny_mnist, select):
+    out = run("mnist_cnn.py", "--data", tiny_mnist, "--select", select, "--epochs", 1)
+    assert re.search(r"epoch 1: accuracy [\d.]+ %, backward [\d.]+ of [\d.]+ s", out)
+    assert f"{0 if select == 'dense' else 3} layers rewritten" in out
+
+
+def test_mnist_table(tiny_mnist):
+    out = run("benchmarks/mnist_table.py", "--data", tiny_mnist, "--epochs", 1, "--seeds", 1)
+    assert len(re.findall(r"^\| (?:dense|element 5 %|channel 5 %|channel 25 %) ", out, re.MULTILINE)) == 4
+
+
+def test_backward_time():
+    out = run("benchmarks/backward_time.py", "resnet18", "--keep", 0.1, "--batch", 2, "--size", 32, "--rounds", 3)
+    assert re.search(r"\| keep 0.1 +\| \d\d\.\d % .*x \(", out)
+
+
+def test_examples_stay_short():
+    for script in EXAMPLES.glob("*.py"):
+        assert len(script.read_text().splitlines()) < 60, script.name
+
+
+DIGITS = os.environ.get("FXPROP_MNIST")
+
+
+@pytest.mark.skipif(not DIGITS, reason="FXPROP_MNIST does not name a folder with MNIST in it")
+def test_real_digits_are_learned():
+    train = runpy.run_path(str(EXAMPLES / "mnist_cnn.py"))["train"]
+    accuracy, _, report = train(DIGITS, "channel", 0.25, epochs=1, quiet=True)
+    assert accuracy > 90
+    assert report.totals.saving > 0.7
