@@ -44,7 +44,7 @@ def conv_mask(grad, groups, keep):
     mask = torch.zeros_like(grad)
     out_channels = grad.shape[1]
     if keep.select == "element":
-        return element_mask(grad.reshape(grad.shape[0], -1), keep).reshape(grad.shape)
+        return element_mask(grad.flatten(1), keep).reshape(grad.shape)
     # a group of one channel is kept or dropped as a whole
     runs = 1 if groups == out_channels else groups
     size = out_channels // runs

@@ -61,7 +61,9 @@ def test_mnist_table(tiny_mnist):
 
 
 def test_backward_time():
-    out = run("benchmarks/backward_time.py", "resnet18", "--keep", 0.1, "--batch", 2, "--size", 32, "--rounds", 3)
+    out = run(
+        "benchmarks/backward_time.py", "resnet18", "--keep", 0.1, "--batch", 2, "--size", 32, "--rounds", 3
+    )
     assert re.search(r"\| keep 0.1 +\| \d\d\.\d % .*x \(", out)
 
 

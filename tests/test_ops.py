@@ -85,6 +85,21 @@ def test_conv_equals_masked_dense(case):
             torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+def test_one_by_one_convolutions(stride, channels_last):
+    case = {
+        "dims": 2, "x": (3, 6, 7, 8), "weight": (10, 6, 1, 1), "bias": True, "channels_last": channels_last,
+        "geometry": {"stride": stride, "padding": 0, "dilation": 1, "groups": 1},
+        "dtype": torch.float64, "needs": (True, True, True),
+    }  # fmt: skip
+    grads = conv_results(case, lambda *a, **kw: ops.conv2d(*a, **kw, k=3))[1]
+    expected = conv_results(case, oracle.masked_conv(2, oracle.Keep(k=3)))[1]
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, atol=1e-12, rtol=1e-12)
+    assert grads[0].is_contiguous(memory_format=torch.channels_last) or not channels_last
+
+
 @st.composite
 def linear_cases(draw):
     return {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fxprop.ops import pointwise
 from fxprop.ops.common import (
     Keep,
     autocast,
@@ -106,6 +107,10 @@ def _backward(
         )
         if grad_input is not None:
             grad_input = torch.zeros_like(input).index_copy_(1, kept_in, grad_input)
+    elif pointwise.applies(input, weight, geometry.padding, groups):
+        grad_input, grad_weight = pointwise.gradients(
+            grad, input, kept_weight, geometry.stride, needs_input, needs_weight
+        )
     else:
         grad_input, grad_weight = _dense(
             grad, input, kept_weight, geometry, groups, needs_input, needs_weight
