@@ -284,3 +284,22 @@ def test_complex_is_refused():
     weight = torch.ones(3, 2, dtype=torch.complex64)
     with pytest.raises(OpError, match="complex tensors have no sparse backward"):
         ops.linear(torch.ones(2, 2, dtype=torch.complex64), weight, k=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("select", ["channel", "element"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_half_types_equal_the_oracle(dtype, select, groups):
+    """Magnitudes far enough apart that rounding cannot change what is kept."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4).to(dtype).requires_grad_()
+    weight = torch.randn(8, 8 // groups, 3, 3).to(dtype).requires_grad_()
+    grad = torch.randn(2, 8, 2, 2).sign() * torch.logspace(0, 1, 64).view(2, 8, 2, 2)[:, torch.randperm(8)]
+    ops.conv2d(x, weight, groups=groups, k=3, select=select).backward(grad.to(dtype))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    keep = oracle.Keep(k=3, select=select)
+    oracle.masked_conv(2, keep)(*exact, groups=groups).backward(grad.to(dtype).double())
+    for ours, theirs in zip((x, weight), exact, strict=True):
+        assert ours.grad.dtype == dtype
+        scale = theirs.grad.abs().max()
+        assert (ours.grad.double() - theirs.grad).abs().max() < 2e-2 * scale
