@@ -91,8 +91,8 @@ def masked(output, bias, bias_shape, keep, mask):
 def masked_linear(keep):
     """F.linear with its gradient masked."""
 
-    def linear(x, weight, bias=None):
-        y = F.linear(x, weight)
+    def linear(input, weight, bias=None):
+        y = F.linear(input, weight)
         return masked(y, bias, (-1,), keep, lambda g: linear_mask(g, keep))
 
     return linear
@@ -102,12 +102,12 @@ def masked_conv(dims, keep):
     """F.conv{dims}d with its gradient masked."""
     dense = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
-    def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
         y = dense(batched, weight, None, stride, padding, dilation, groups)
         shape = (-1,) + (1,) * dims
         y = masked(y, bias, shape, keep, lambda g: conv_mask(g, groups, keep))
-        return y if x.dim() == dims + 2 else y.squeeze(0)
+        return y if input.dim() == dims + 2 else y.squeeze(0)
 
     return conv
 

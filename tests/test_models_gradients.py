@@ -139,7 +139,7 @@ class FunctionalNet(nn.Module):
         x = torch.relu(self.conv2d(x, self.first, None, 2, 1))
         x = self.conv2d(x, self.second * 0.5, bias=self.second_bias) + x
         x = self.conv2d(input=x, weight=self.depthwise, padding="same", groups=8)
-        x = self.linear(x.mean((2, 3)), self.project)
+        x = self.linear(x.square().mean((2, 3)), self.project)
         x = self.linear(torch.tanh(self.linear(x, self.shared)), self.shared)
         return self.linear(x, self.head)
 

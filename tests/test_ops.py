@@ -222,6 +222,24 @@ def test_registered_score_is_used_and_names_are_unique():
         ops.register_score(name, lambda grad, dims: grad)
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 3, 5, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_in_place_activations_may_follow(shape, bias, transposed):
+    x = torch.randn(shape, dtype=torch.double)
+    x = x.transpose(0, -2).contiguous().transpose(0, -2) if transposed and len(shape) > 2 else x
+    weight = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
+    offset = torch.randn(6, dtype=torch.double) if bias else None
+    y = ops.linear(x, weight, offset, k=2)
+    expected = F.linear(x, weight, offset)
+    assert torch.equal(y, expected)
+    y.relu_().sum().backward()
+    assert weight.grad.any(1).sum() <= 2
+    image, kernel = torch.randn(3, 5, 5), torch.randn(4, 3, 1, 1, requires_grad=True)
+    for unbatched in (image, image[None]):
+        ops.conv2d(unbatched, kernel, k=2).relu_().sum().backward()
+
+
 def test_nan_and_inf_survive_selection():
     for bad in (float("nan"), float("inf")):
         for select in ("channel", "element"):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fxprop
 
@@ -105,6 +106,7 @@ def test_private_names_of_torch_are_still_there():
         vars(nn.Linear(1, 1))
     )
     assert {"_parameters", "_buffers", "_modules"} <= set(vars(nn.Linear(1, 1)))
+    assert torch.ops.aten._unsafe_view(torch.ones(4), (2, 2)).shape == (2, 2)
     assert _pytree.tree_leaves({"a": [1, (2,)]}) == [1, 2]
 
 

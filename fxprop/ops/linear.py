@@ -30,11 +30,19 @@ def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     aten's matmul folds a non-contiguous input to 2-d only if the transposed weight requires grad, which
     it does not inside an autograd function; bit-equality needs the same fold here.
     """
-    if input.dim() <= 2 or input.is_contiguous() or not weight.requires_grad:
+    if input.dim() == 2:
         return F.linear(input, weight, bias)
-    folded = input.reshape(-1, input.shape[-1]).mm(weight.t())
-    output = folded.view(*input.shape[:-1], weight.shape[0])
-    return output if bias is None else output.add_(bias)
+    if input.dim() < 2 or input.is_contiguous() or not weight.requires_grad:
+        output = F.linear(input, weight, bias)
+    else:
+        output = input.reshape(-1, input.shape[-1]).mm(weight.t())
+        if bias is not None:
+            output.add_(bias)
+    # an autograd function must not return a view: in-place activations would be refused. aten's own
+    # matmul ends in the same operator.
+    shape = (*input.shape[:-1], weight.shape[0])
+    result: Tensor = torch.ops.aten._unsafe_view(output, shape)
+    return result
 
 
 class _SparseLinear(torch.autograd.Function):
