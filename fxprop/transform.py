@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from fxprop.errors import InputError, ModelError, PolicyError, TraceError
+from fxprop.checks import (
+    ExampleInputs,
+    check_frontend,
+    check_inputs,
+    check_model,
+    check_needs_no_shapes,
+    check_not_rewritten,
+)
+from fxprop.errors import InputError
 from fxprop.frontends.module import TracedModule, copy_graphs
 from fxprop.frontends.shapes import Run, run_on_fakes
 from fxprop.frontends.symbolic import LeafModules, bind_arguments, trace
 from fxprop.graph.match import find_sites
-from fxprop.graph.rewrite import rewrite, rewritten_nodes
+from fxprop.graph.rewrite import rewrite
 from fxprop.graph.verify import verify_graph, verify_state
 from fxprop.inspect import require_transformed
 from fxprop.plan import Plan, Site
@@ -29,7 +34,6 @@ from fxprop.report.flops import make_report
 from fxprop.report.report import Report
 
 Frontend = Literal["auto", "symbolic"]
-ExampleInputs = tuple[Any, ...] | torch.Tensor | None
 
 
 class Transformed(NamedTuple):
@@ -151,13 +155,13 @@ class _Stages:
         leaf_modules: LeafModules,
     ) -> _Stages:
         resolved = as_policy(policy)
-        _check_model(model)
-        _check_frontend(frontend)
-        args, kwargs = _check_inputs(example_inputs, example_kwargs)
+        check_model(model)
+        check_frontend(frontend)
+        args, kwargs = check_inputs(example_inputs, example_kwargs)
         has_inputs = example_inputs is not None or bool(example_kwargs)
         given = bind_arguments(model, args, kwargs) if has_inputs else None
         traced = trace(model, given, leaf_modules)
-        _check_not_rewritten(traced)
+        check_not_rewritten(traced)
 
         runs: dict[bool, Run | None] = {}
         sites: dict[bool, tuple[Site, ...]] = {}
@@ -167,7 +171,7 @@ class _Stages:
         resolved.check_all_match([site for of_mode in sites.values() for site in of_mode])
         plans = {mode: resolved.resolve(of_mode) for mode, of_mode in sites.items()}
         if not has_inputs:
-            _check_needs_no_shapes(plans)
+            check_needs_no_shapes(plans)
         return cls(type(model).__name__, traced, runs, plans)
 
     def sites(self) -> tuple[Site, ...]:
@@ -224,77 +228,3 @@ def _run(traced: TracedModule, mode: bool, args: tuple[Any, ...], kwargs: Mappin
         return run_on_fakes(twin, traced.graphs[mode], args, kwargs)
     except InputError:
         return None
-
-
-def _check_model(model: nn.Module) -> None:
-    name = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {name}: expected a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{name} is a TorchScript module: pass the nn.Module it was made from")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError(
-            f"{name} comes from torch.compile: transform the module first, then compile the result"
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ModelError(f"{name} wraps a model: transform model.module first, then wrap the result")
-    lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise ModelError(
-            f"{name} has lazy parameters without a shape ({', '.join(lazy[:3])}): "
-            "run the model once on real inputs first"
-        )
-    # 0-d tensors mix with any device
-    tensors = (*model.parameters(), *(b for b in model.buffers() if b.dim() > 0))
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) > 1:
-        raise ModelError(
-            f"{name} has parameters or buffers on several devices ({', '.join(devices)}): "
-            "move it to one with model.to(device)"
-        )
-
-
-def _check_frontend(frontend: str) -> None:
-    if frontend not in ("auto", "symbolic"):
-        raise TraceError(f"unknown front-end {frontend!r}: expected 'auto' or 'symbolic'")
-
-
-def _check_inputs(
-    example_inputs: ExampleInputs, example_kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    if example_inputs is not None and not isinstance(example_inputs, tuple):
-        raise InputError(
-            f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of the model's "
-            "positional inputs, such as (torch.empty(8, 3, 224, 224),), or one tensor"
-        )
-    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
-        raise InputError(
-            f"example_kwargs is a {type(example_kwargs).__name__}: expected a dict of keyword inputs"
-        )
-    args, kwargs = example_inputs or (), dict(example_kwargs or {})
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if not isinstance(leaf, torch.Tensor | bool | int | float | str | type(None)):
-            raise InputError(
-                f"example inputs contain a {type(leaf).__name__}: expected tensors, and plain values "
-                "where the model takes them"
-            )
-    return args, kwargs
-
-
-def _check_not_rewritten(traced: TracedModule) -> None:
-    graphs = list(traced.graphs.values())
-    graphs += [m.graph for m in traced.modules() if isinstance(m, fx.GraphModule)]
-    if any(rewritten_nodes(graph) for graph in graphs):
-        raise ModelError(
-            f"{type(traced).__name__} was already transformed by fxprop: call fxprop.restore on it first, "
-            "then transform the result"
-        )
-
-
-def _check_needs_no_shapes(plans: Mapping[bool, Plan]) -> None:
-    for plan in plans.values():
-        for decision in plan.decisions:
-            if decision.status == "skipped" and decision.site.skip is None:
-                raise PolicyError(f"layer {decision.site.name!r}: {decision.reason}; pass example_inputs")

@@ -22,7 +22,7 @@ LAYERS = [
     ["frontends"],
     ["graph"],
     ["report"],
-    ["inspect"],
+    ["inspect", "checks"],
     ["transform"],
     ["model_sources"],
     ["cli"],

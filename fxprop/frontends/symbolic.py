@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import FxpropError, InputError, TraceError
+from fxprop.frontends.fakes import describe
 from fxprop.frontends.module import TracedModule, copy_graphs
-from fxprop.frontends.shapes import describe
 from fxprop.frontends.tree import copy_tree
 
 # module types, or qualified names, that are kept as one call
