@@ -55,7 +55,9 @@ def test_a_mode_that_cannot_be_traced_is_refused_when_asked_for():
 
     model = Model().eval()
     gm, _ = fxprop.transform(model, 0.5, (torch.randn(2, 4),))
-    with pytest.raises(TraceError, match=r"transformed in eval mode.*test_modes_and_copies.py.*x.sum\(\) > 0"):
+    with pytest.raises(
+        TraceError, match=r"transformed in eval mode.*test_modes_and_copies.py.*x.sum\(\) > 0"
+    ):
         gm.train()
     with pytest.raises(TraceError, match="x.sum"):
         fxprop.transform(model.train(), 0.5, (torch.randn(2, 4),))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fxprop import ops
 from fxprop.errors import OpError, PolicyError
+from fxprop.ops.select import get_score
 
 DENSE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPARSE = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}
@@ -186,6 +187,18 @@ def test_half_types_score_in_float32(op, dtype):
         kept = weight4.grad.flatten(1).abs().sum(1).nonzero().flatten()
         assert weight4.grad.dtype == dtype
     assert kept.tolist() == [n - 2, n - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3000, 200), (5, 70, 60, 50), (1, 4, 300, 300), (0, 6, 2, 2)])
+def test_scores_of_gradients_larger_than_the_cache(shape, dtype):
+    grad = torch.randn(shape).to(dtype)
+    dims = tuple(dim for dim in range(len(shape)) if dim != 1)
+    for name, order in (("l1", 1), ("l2", 2)):
+        expected = torch.linalg.vector_norm(grad.double(), order, dims)
+        scores = get_score(name)(grad, dims)
+        assert scores.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_ties_are_broken_as_topk_breaks_them():

@@ -7,6 +7,7 @@ synchronises with the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +19,8 @@ Score = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 _HALF = (torch.float16, torch.bfloat16)
 
-
-def _norm(grad_output: Tensor, dims: tuple[int, ...], order: float) -> Tensor:
-    # vector_norm reduces without materialising |g|, and in float32 for half types
-    dtype = torch.float32 if grad_output.dtype in _HALF else None
-    norms: Tensor = torch.linalg.vector_norm(grad_output, order, dims, dtype=dtype)
-    return norms
+# entries that stay in a core's cache between two passes over them
+_CACHED = 2**18
 
 
 def _l1(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -32,6 +29,23 @@ def _l1(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _l2(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _norm(grad_output, dims, 2)
+
+
+def _norm(grad_output: Tensor, dims: tuple[int, ...], order: Literal[1, 2]) -> Tensor:
+    """The norm over `dims` (0 among them), accumulated in float32 for half types."""
+    dtype = torch.float32 if grad_output.dtype in _HALF else grad_output.dtype
+    if grad_output.device.type != "cpu" or torch.compiler.is_compiling():
+        norms: Tensor = torch.linalg.vector_norm(grad_output, order, dims, dtype=dtype)
+        return norms
+    # vector_norm is 2 to 15 times slower on the CPU than sums of magnitudes that stay in the cache
+    rows = max(1, _CACHED * len(grad_output) // max(1, grad_output.numel()))
+    sums = [_powers(chunk, order, dtype).sum(dims) for chunk in torch.split(grad_output, rows)]
+    total = torch.stack(sums).sum(0)
+    return total if order == 1 else total.sqrt()
+
+
+def _powers(grad_output: Tensor, order: Literal[1, 2], dtype: torch.dtype) -> Tensor:
+    return grad_output.to(dtype).abs() if order == 1 else grad_output.to(dtype).square()
 
 
 def _random(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
