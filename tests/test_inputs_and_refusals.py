@@ -34,6 +34,31 @@ def test_without_inputs_the_graph_is_the_same_and_flops_are_unknown():
         fxprop.transform(model, fxprop.Policy(keep=0.2, select="element"))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_any_grad_mode_gives_the_same_report(context):
+    model = small()
+    expected = fxprop.estimate(model, 0.2, (X,)).to_dict()
+    with context():
+        report = fxprop.transform(model, 0.2, (X.clone(),)).report
+    assert report.to_dict() == expected
+
+
+def test_a_backward_that_fails_is_said():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.fc(x).sigmoid()  # whose backward needs its output
+            return y * y.add_(1)
+
+    with pytest.raises(
+        InputError, match="own backward fails.*modified by an inplace operation.*Leave example_inputs"
+    ):
+        fxprop.transform(Model(), 0.5, (torch.randn(2, 4),))
+
+
 class Optional(nn.Module):
     def __init__(self):
         super().__init__()

@@ -59,6 +59,7 @@ class Run:
     backward_flops: int = 0
 
 
+@torch.inference_mode(False)
 def run_on_fakes(
     traced: TracedModule, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Run:
@@ -93,9 +94,20 @@ def run_on_fakes(
             seeds = [torch.ones_like(t) for t in losses]
             # autograd.grad, not backward: nothing may be accumulated into a real parameter
             with FlopCounterMode(display=False, custom_mapping=counting) as backward:
-                torch.autograd.grad(losses, fakes.leaves, seeds, allow_unused=True)
+                _backward(losses, fakes.leaves, seeds)
             run.backward_flops = backward.get_total_flops()
     return run
+
+
+def _backward(losses: list[torch.Tensor], leaves: list[torch.Tensor], seeds: list[torch.Tensor]) -> None:
+    try:
+        torch.autograd.grad(losses, leaves, seeds, allow_unused=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the model's own backward fails on the example inputs: {reason}. Leave example_inputs out: "
+            "the model is transformed without counting FLOPs."
+        ) from error
 
 
 @contextlib.contextmanager
