@@ -1,5 +1,7 @@
 """The sparse operators against dense autograd with a hand-made mask."""
 
+from functools import partial
+
 import oracle
 import pytest
 import torch
@@ -14,6 +16,30 @@ from fxprop.ops.select import get_score
 DENSE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPARSE = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+def check_against_masked_dense(case, results, sparse, dense, masked):
+    """The output is the dense operator's to the bit; every gradient is the masked one's."""
+    arguments = {key: case[key] for key in ("k", "select", "score", "bias_grad")}
+    keep = oracle.Keep(k=case["k"], select=case["select"], score=case["score"], bias=case["bias_grad"])
+    y, grads = results(case, partial(sparse, **arguments))
+    assert torch.equal(y, results(case, dense)[0])
+    tolerance = TOLERANCE[case["dtype"]]
+    for grad, want in zip(grads, results(case, masked(keep))[1], strict=True):
+        assert (grad is None) == (want is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
+
+
+COMMON = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([torch.float64, torch.float32]),
+        "select": st.sampled_from(["channel", "element"]),
+        "score": st.sampled_from(["l1", "l2"]),
+        "bias_grad": st.sampled_from(["full", "selected"]),
+        "needs": st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    }
+)
 
 
 @st.composite
@@ -40,12 +66,8 @@ def conv_cases(draw):
         "bias": draw(st.booleans()),
         "geometry": {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
         "channels_last": dims > 1 and batch is not None and draw(st.booleans()),
-        "dtype": draw(st.sampled_from([torch.float64, torch.float32])),
         "k": draw(st.integers(1, 6)),
-        "select": draw(st.sampled_from(["channel", "element"])),
-        "score": draw(st.sampled_from(["l1", "l2"])),
-        "bias_grad": draw(st.sampled_from(["full", "selected"])),
-        "needs": draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        **draw(COMMON),
     }
 
 
@@ -73,17 +95,10 @@ def conv_results(case, conv):
 @settings(max_examples=150, deadline=None)
 @given(conv_cases())
 def test_conv_equals_masked_dense(case):
-    settings_ = {key: case[key] for key in ("k", "select", "score", "bias_grad")}
-    keep = oracle.Keep(k=case["k"], select=case["select"], score=case["score"], bias=case["bias_grad"])
-    y, grads = conv_results(case, lambda *a, **kw: SPARSE[case["dims"]](*a, **kw, **settings_))
-    dense, _ = conv_results(case, DENSE[case["dims"]])
-    _, expected = conv_results(case, oracle.masked_conv(case["dims"], keep))
-    assert torch.equal(y, dense)
-    tolerance = TOLERANCE[case["dtype"]]
-    for grad, want in zip(grads, expected, strict=True):
-        assert (grad is None) == (want is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
+    dims = case["dims"]
+    check_against_masked_dense(
+        case, conv_results, SPARSE[dims], DENSE[dims], partial(oracle.masked_conv, dims)
+    )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -108,12 +123,8 @@ def linear_cases(draw):
         "out": draw(st.integers(1, 7)),
         "bias": draw(st.booleans()),
         "transposed": draw(st.booleans()),
-        "dtype": draw(st.sampled_from([torch.float64, torch.float32])),
         "k": draw(st.integers(1, 8)),
-        "select": draw(st.sampled_from(["channel", "element"])),
-        "score": draw(st.sampled_from(["l1", "l2"])),
-        "bias_grad": draw(st.sampled_from(["full", "selected"])),
-        "needs": draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        **draw(COMMON),
     }
 
 
@@ -141,17 +152,7 @@ def linear_results(case, linear):
 @settings(max_examples=150, deadline=None)
 @given(linear_cases())
 def test_linear_equals_masked_dense(case):
-    settings_ = {key: case[key] for key in ("k", "select", "score", "bias_grad")}
-    keep = oracle.Keep(k=case["k"], select=case["select"], score=case["score"], bias=case["bias_grad"])
-    y, grads = linear_results(case, lambda *a: ops.linear(*a, **settings_))
-    dense, _ = linear_results(case, F.linear)
-    _, expected = linear_results(case, oracle.masked_linear(keep))
-    assert torch.equal(y, dense)
-    tolerance = TOLERANCE[case["dtype"]]
-    for grad, want in zip(grads, expected, strict=True):
-        assert (grad is None) == (want is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
+    check_against_masked_dense(case, linear_results, ops.linear, F.linear, oracle.masked_linear)
 
 
 def test_the_oracle_can_fail():
