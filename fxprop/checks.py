@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ModelError, PolicyError, TraceError
-from fxprop.frontends.module import TracedModule
-from fxprop.graph.rewrite import rewritten_nodes
+from fxprop.graph.rewrite import is_rewritten
 from fxprop.plan import Plan
 
 ExampleInputs = tuple[Any, ...] | torch.Tensor | None
@@ -50,9 +48,12 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+FRONTENDS = ("auto", "symbolic", "submodules", "export")
+
+
 def check_frontend(frontend: str) -> None:
-    if frontend not in ("auto", "symbolic"):
-        raise TraceError(f"unknown front-end {frontend!r}: expected 'auto' or 'symbolic'")
+    if frontend not in FRONTENDS:
+        raise TraceError(f"unknown front-end {frontend!r}: expected one of {', '.join(FRONTENDS)}")
 
 
 def check_inputs(
@@ -70,21 +71,13 @@ def check_inputs(
             f"example_kwargs is a {type(example_kwargs).__name__}: expected a dict of keyword inputs"
         )
     args, kwargs = example_inputs or (), dict(example_kwargs or {})
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if not isinstance(leaf, torch.Tensor | bool | int | float | str | type(None)):
-            raise InputError(
-                f"example inputs contain a {type(leaf).__name__}: expected tensors, and plain values "
-                "where the model takes them"
-            )
     return args, kwargs
 
 
-def check_not_rewritten(traced: TracedModule) -> None:
-    graphs = list(traced.graphs.values())
-    graphs += [m.graph for m in traced.modules() if isinstance(m, fx.GraphModule)]
-    if any(rewritten_nodes(graph) for graph in graphs):
+def check_not_rewritten(model: nn.Module) -> None:
+    if any(is_rewritten(module) for module in model.modules()):
         raise ModelError(
-            f"{type(traced).__name__} was already transformed by fxprop: call fxprop.restore on it first, "
+            f"{type(model).__name__} was already transformed by fxprop: call fxprop.restore on it first, "
             "then transform the result"
         )
 

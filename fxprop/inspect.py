@@ -8,6 +8,7 @@ from torch import nn
 
 from fxprop.errors import ModelError
 from fxprop.frontends.module import TracedModule
+from fxprop.graph.calls import SparseCode
 
 
 def code_diff(gm: nn.Module) -> str:
@@ -24,9 +25,17 @@ def code_diff(gm: nn.Module) -> str:
     Empty if nothing was rewritten. For the mode (train or eval) the module is in. Raises ModelError for
     a module that does not come from `fxprop.transform`.
     """
-    module = require_transformed(gm)
+    parts = [
+        _diff(path, module)
+        for path, module in require_transformed(gm).named_modules()
+        if isinstance(module, TracedModule) and module.graphs_before is not None
+    ]
+    return "".join(parts)
+
+
+def _diff(path: str, module: TracedModule) -> str:
     assert module.graphs_before is not None
-    name = type(module).__name__
+    name = path or type(module).__name__
     before, after = (
         graphs[module.training].python_code("self").src for graphs in (module.graphs_before, module.graphs)
     )
@@ -39,8 +48,20 @@ def code_diff(gm: nn.Module) -> str:
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
-def require_transformed(gm: nn.Module) -> TracedModule:
+def generated_code(gm: nn.Module) -> str:
+    """The generated code of every traced module, each under a comment with its name."""
+    traced = [(path, m) for path, m in gm.named_modules() if isinstance(m, TracedModule)]
+    if [path for path, _ in traced] == [""]:
+        return str(traced[0][1].code).strip()
+    return "\n\n".join(f"# {path or type(m).__name__}\n{m.code.strip()}" for path, m in traced)
+
+
+def require_transformed(gm: nn.Module) -> nn.Module:
     """`gm` itself, if it comes from `fxprop.transform`; ModelError otherwise."""
-    if not isinstance(gm, TracedModule) or gm.graphs_before is None:
+    made = isinstance(gm, nn.Module) and any(
+        isinstance(m, SparseCode) or (isinstance(m, TracedModule) and m.graphs_before is not None)
+        for m in gm.modules()
+    )
+    if not made:
         raise ModelError(f"got {type(gm).__name__}: expected the module that fxprop.transform returned")
     return gm

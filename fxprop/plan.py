@@ -20,6 +20,9 @@ BIAS_GRADS: tuple[BiasGrad, ...] = ("full", "selected")
 
 Shape = tuple[int, ...]
 
+# begins the `node` of a site that is none: a product in code without a graph, by its parameter
+CALL = "call:"
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -38,8 +41,8 @@ class Call:
     input: Operand
     weight: Operand
     bias: Operand | None
-    # stride, padding, dilation, groups; empty for linear
-    geometry: Mapping[str, Any] = field(default_factory=dict)
+    # stride, padding, equation, ...: by the operator's keyword; an Operand where it is a tensor
+    constants: Mapping[str, Any] = field(default_factory=dict)
     # torch.nn.functional.pad's `pad` and `mode`, applied to the input first (padding_mode != "zeros")
     pad: tuple[tuple[int, ...], str] | None = None
 
@@ -55,22 +58,29 @@ class Site:
 
     # qualified module name; "#2" is appended for a second use (design: site names)
     name: str
-    # "conv1d" | "conv2d" | "conv3d" | "linear", or what a skipped node calls
+    # the sparse operator's name ("conv2d", "linear", "matmul", ...), or what a skipped node calls
     op: str
     # the graph node's name
     node: str
+    # qualified name of the GraphModule that holds the node; "" where that is the model itself
+    graph: str = ""
     # class name of the module, and of its bases up to nn.Module; empty for functional calls
     types: tuple[str, ...] = ()
     # why the site must not be rewritten; None if it may be
     skip: str | None = None
     call: Call | None = None
+    # parts of the weight that do not meet: conv groups, matrices of a batched product, experts
     groups: int = 1
+    # output channels or features of all groups together; None where unknown
+    out_channels: int | None = None
     # x [N, C_in, *spatial] or [*, in_features]; None where unknown
     input_shape: Shape | None = None
-    # [C_out, C_in/groups, *kernel] or [out_features, in_features]; None where unknown
+    # as the operator takes it: [C_out, C_in/groups, *kernel], [out_features, in_features], ...
     weight_shape: Shape | None = None
     # [N, C_out, *spatial] or [*, out_features]; None where unknown
     output_shape: Shape | None = None
+    # multiply-adds of the forward; None where shapes are unknown
+    multiply_adds: int | None = None
     # no other site upstream / downstream
     is_first: bool = False
     is_output: bool = False
@@ -87,9 +97,19 @@ class Site:
         return self.types[0] if self.types else None
 
     @property
+    def is_node(self) -> bool:
+        """Whether the site is a node of a graph; False for a product in code that has no graph."""
+        return not self.node.startswith(CALL)
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the operator is a convolution, transposed or not."""
+        return self.op.startswith("conv")
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether every group has one output channel: whole channels are kept with their groups."""
-        return self.weight_shape is not None and self.groups == self.weight_shape[0]
+        return self.is_convolution and self.groups == self._channels
 
     def n(self, select: Select) -> int | None:
         """How many things `select` chooses from at this site; None if the shapes are not known.
@@ -97,17 +117,21 @@ class Site:
         channel: C_out per group (C_out for depthwise); out_features. element: C_out times the output's
         spatial size; out_features.
         """
-        if self.weight_shape is None:
+        channels = self._channels
+        if channels is None:
             return None
-        out_channels = self.weight_shape[0]
-        if self.op == "linear":
-            return out_channels
-        if select == "channel":
-            return out_channels if self.is_depthwise else out_channels // self.groups
-        if self.output_shape is None:
+        if select == "channel" or not self.is_convolution:
+            return channels if self.is_depthwise else channels // self.groups
+        if self.output_shape is None or self.weight_shape is None:
             return None
         spatial_dims = len(self.weight_shape) - 2
-        return math.prod(self.output_shape[-spatial_dims:]) * out_channels
+        return math.prod(self.output_shape[-spatial_dims:]) * channels
+
+    @property
+    def _channels(self) -> int | None:
+        if self.out_channels is not None or self.weight_shape is None:
+            return self.out_channels
+        return self.weight_shape[0]  # of a convolution or linear layer
 
 
 @dataclass(frozen=True)

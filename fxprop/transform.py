@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch import fx, nn
+from torch import nn
 
 from fxprop.checks import (
     ExampleInputs,
@@ -21,11 +21,16 @@ from fxprop.checks import (
 )
 from fxprop.errors import InputError
 from fxprop.frontends.module import TracedModule, copy_graphs
-from fxprop.frontends.shapes import Run, run_on_fakes
-from fxprop.frontends.symbolic import LeafModules, bind_arguments, trace
-from fxprop.graph.match import find_sites
-from fxprop.graph.rewrite import rewrite
-from fxprop.graph.verify import verify_graph, verify_state
+from fxprop.frontends.record import Run
+from fxprop.frontends.shapes import run_traced
+from fxprop.frontends.submodules import trace_model
+from fxprop.frontends.symbolic import LeafModules
+from fxprop.frontends.traced import Traced
+from fxprop.frontends.tree import copy_tree
+from fxprop.graph.calls import SparseCode
+from fxprop.graph.match import find_sites, with_positions_of
+from fxprop.graph.rewrite import rewrite_model
+from fxprop.graph.verify import verify_state
 from fxprop.inspect import require_transformed
 from fxprop.plan import Plan, Site
 from fxprop.policy import Policy
@@ -33,13 +38,13 @@ from fxprop.policy_files import PolicyLike, as_policy
 from fxprop.report.flops import make_report
 from fxprop.report.report import Report
 
-Frontend = Literal["auto", "symbolic"]
+Frontend = Literal["auto", "symbolic", "submodules", "export"]
 
 
 class Transformed(NamedTuple):
     """What `transform` returns: the module to train, and what it saves."""
 
-    module: TracedModule
+    module: nn.Module
     report: Report
 
 
@@ -119,8 +124,8 @@ def layers(
     return _Stages.run(model, dense, example_inputs, example_kwargs, frontend, leaf_modules).sites()
 
 
-def restore(gm: nn.Module) -> TracedModule:
-    """The graph before the rewrite, with the parameters as they are now.
+def restore(gm: nn.Module) -> nn.Module:
+    """The model before the rewrite, with the parameters as they are now.
 
     >>> dense = fxprop.restore(gm)
     >>> dense.fc.weight is gm.fc.weight
@@ -128,11 +133,14 @@ def restore(gm: nn.Module) -> TracedModule:
 
     `gm` is not changed. Raises ModelError for a module that `transform` did not return.
     """
-    module = require_transformed(gm)
-    assert module.graphs_before is not None
-    return TracedModule(
-        module.tree(), copy_graphs(module.graphs_before), type(module).__name__, untraced=module.untraced
-    )
+    require_transformed(gm)
+    dense = copy_tree(gm)
+    for module in dense.modules():
+        if isinstance(module, SparseCode):
+            module.uninstall()
+        elif isinstance(module, TracedModule) and module.graphs_before is not None:
+            module.replace_graphs(copy_graphs(module.graphs_before), None)
+    return dense
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class _Stages:
     """The stages up to the plan, for each mode that has a graph of its own."""
 
     name: str
-    traced: TracedModule
+    traced: Traced
     runs: Mapping[bool, Run | None]
     plans: Mapping[bool, Plan]
 
@@ -157,17 +165,19 @@ class _Stages:
         resolved = as_policy(policy)
         check_model(model)
         check_frontend(frontend)
+        check_not_rewritten(model)
         args, kwargs = check_inputs(example_inputs, example_kwargs)
         has_inputs = example_inputs is not None or bool(example_kwargs)
-        given = bind_arguments(model, args, kwargs) if has_inputs else None
-        traced = trace(model, given, leaf_modules)
-        check_not_rewritten(traced)
+        traced = trace_model(model, frontend, (args, kwargs) if has_inputs else None, leaf_modules)
 
         runs: dict[bool, Run | None] = {}
         sites: dict[bool, tuple[Site, ...]] = {}
-        for mode, graph in _distinct(traced):
+        here = traced.training
+        for mode in (here, not here) if traced.other_mode_differs else (here,):
             runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
-            sites[mode] = find_sites(traced, graph, runs[mode])
+            sites[mode] = find_sites(traced, mode, runs[mode])
+        if has_inputs and runs.get(not here, runs[here]) is None:
+            sites[not here] = with_positions_of(sites[here], sites[not here])
         resolved.check_all_match([site for of_mode in sites.values() for site in of_mode])
         plans = {mode: resolved.resolve(of_mode) for mode, of_mode in sites.items()}
         if not has_inputs:
@@ -179,52 +189,39 @@ class _Stages:
 
     def report(self) -> Report:
         mode = self.traced.training
-        note = ""
+        run = self.runs[mode]
+        notes = []
         if len(self.plans) > 1:
             other = "eval" if mode else "train"
-            note = (
+            notes.append(
                 f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
+            )
+        if run is not None and run.real:
+            notes.append(
+                "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
+                "other inputs may take other ways through it."
             )
         return make_report(
             self.plans[mode],
-            self.runs[mode],
+            run,
             model=self.name,
-            frontend="symbolic",
+            frontend=self.traced.frontend,
             mode="train" if mode else "eval",
-            note=note,
+            note=" ".join(notes),
+            untraced=self.traced.untraced,
         )
 
-    def rewritten(self, model: nn.Module) -> TracedModule:
-        before = self.traced.graphs
-        graphs: dict[bool, fx.Graph] = {}
-        for mode, plan in self.plans.items():
-            graphs[mode] = rewrite(before[mode], plan)
-            verify_graph(before[mode], graphs[mode], plan)
-        for mode in before:
-            graphs.setdefault(mode, graphs[self.traced.training])
-        module = TracedModule(
-            self.traced.tree(), graphs, self.name, before=before, untraced=self.traced.untraced
-        )
-        verify_state(model, module)
-        return module
+    def rewritten(self, model: nn.Module) -> nn.Module:
+        rewrite_model(self.traced, self.plans)
+        verify_state(model, self.traced.root)
+        return self.traced.root
 
 
-def _distinct(traced: TracedModule) -> list[tuple[bool, fx.Graph]]:
-    """(mode, graph), the present mode first; the other one only if it has a graph of its own."""
-    here = traced.training
-    pairs = [(here, traced.graphs[here])]
-    other = traced.graphs.get(not here)
-    if other is not None and other is not traced.graphs[here]:
-        pairs.append((not here, other))
-    return pairs
-
-
-def _run(traced: TracedModule, mode: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | None:
+def _run(traced: Traced, mode: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | None:
     """The run in `mode`; None if only the mode the model is not in fails (a batch of 1, in training)."""
-    if mode == traced.training:
-        return run_on_fakes(traced, traced.graphs[mode], args, kwargs)
-    twin = TracedModule(traced.tree(), traced.graphs, "twin").train(mode)
     try:
-        return run_on_fakes(twin, traced.graphs[mode], args, kwargs)
+        return run_traced(traced, mode, args, kwargs)
     except InputError:
+        if mode == traced.training:
+            raise
         return None

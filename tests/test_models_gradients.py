@@ -150,7 +150,7 @@ def test_functional_model(select):
     inputs = (torch.randn(2, 3, 9, 9, dtype=torch.double),)
     gm, report = fxprop.transform(FunctionalNet(), policy_of(keep), inputs)
     names = [layer.name for layer in report.layers]
-    assert names == ["first", "conv2d_1", "depthwise", "project", "shared", "shared#2", "head"]
+    assert names == ["first", "second", "depthwise", "project", "shared", "shared#2", "head"]
     assert [layer.status for layer in report.layers] == ["rewritten"] * 6 + ["dense"]
 
     class Expected(FunctionalNet):

@@ -60,7 +60,7 @@ def test_a_mode_that_cannot_be_traced_is_refused_when_asked_for():
     ):
         gm.train()
     with pytest.raises(TraceError, match="x.sum"):
-        fxprop.transform(model.train(), 0.5, (torch.randn(2, 4),))
+        fxprop.transform(model.train(), 0.5, (torch.randn(2, 4),), frontend="symbolic")
 
 
 class OwnNorm(nn.Module):

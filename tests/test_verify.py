@@ -10,19 +10,18 @@ from torch import nn
 import fxprop
 from fxprop.errors import RewriteError
 from fxprop.frontends.module import TracedModule
-from fxprop.frontends.symbolic import trace
+from fxprop.frontends.submodules import trace_model
 from fxprop.graph.match import find_sites
 from fxprop.graph.rewrite import rewrite
 from fxprop.graph.verify import verify_graph, verify_state
-from fxprop.plan import Plan
 
 
 @pytest.fixture
 def parts():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
-    traced = trace(model)
-    plan = fxprop.Policy(keep=0.5).resolve(find_sites(traced, traced.graph, None))
-    return model, traced, plan
+    traced = trace_model(model, "symbolic", None)
+    plan = fxprop.Policy(keep=0.5).resolve(find_sites(traced, True, None))
+    return model, traced.pieces[""], plan.rewritten
 
 
 def test_a_right_rewrite_passes(parts):
@@ -61,15 +60,15 @@ def test_another_placeholder(parts):
 
 def test_a_site_that_was_not_rewritten(parts):
     _, traced, plan = parts
-    fewer = Plan(plan.decisions[1:])
+    fewer = plan[1:]
     with pytest.raises(RewriteError, match=r"2 sites were planned and 1 rewritten.*_0"):
         verify_graph(traced.graph, rewrite(traced.graph, fewer), plan)
 
 
 def test_a_plan_for_another_graph(parts):
     _, traced, plan = parts
-    first = plan.decisions[0]
-    wrong = Plan((replace(first, site=replace(first.site, node="nowhere")),))
+    first = plan[0]
+    wrong = (replace(first, site=replace(first.site, node="nowhere")),)
     with pytest.raises(RewriteError, match="has no node 'nowhere'"):
         rewrite(traced.graph, wrong)
 

@@ -1,8 +1,14 @@
-"""Fake twins of a model's tensors and of its example inputs: shapes, dtypes and devices without data."""
+"""A twin of a model and its example inputs that can be run without the model noticing.
+
+By default of fake tensors, which have shapes, dtypes and devices but no data. A model that reads values
+gets a twin of real tensors, which shares the parameters and has its own copies of buffers and inputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +16,95 @@ from torch import fx, nn
 
 # not a public path, but the one torch's own documentation imports it from;
 # tests/test_project.py notices if it moves
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError
+from fxprop.frontends.tree import copy_tree
+
+_SEED = 0
+
+
+class Twin:
+    """The twin of `root` and its inputs; everything in it may be changed at will.
+
+    Every floating-point parameter of the twin requires grad, so that autograd's graph shows how the
+    model hangs together whatever is frozen; `required` are those that really do.
+    """
+
+    def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, real: bool):
+        self.real = real
+        # shape environment: none, so that a size that depends on data is an error, not a guess
+        self.mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        device = model_device(root)
+        # meta is where a model is when nobody cares for the device; cpu lets tensors that its code
+        # makes on the way mix with it, as they will when it is real
+        self.device = torch.device("cpu") if device is None or device.type == "meta" else device
+        self._follow_model = device is not None and device.type == "meta"
+        self.required: list[torch.Tensor] = []
+        self.root = copy_tree(root, self._of_model)
+        if not real:
+            without_data_dependence(self.root)
+        self.args: tuple[Any, ...] = self._of_input(args)
+        self.kwargs: dict[str, Any] = self._of_input(dict(kwargs))
+        self.names: dict[int, str] = {}
+        for name, module in self.root.named_modules():
+            self.names.setdefault(id(module), name)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Where the twin is run: with autograd on, its mode active, and no trace left behind."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_logging())
+            devices = [self.device] if self.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+            if self.real:
+                torch.manual_seed(_SEED)
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:
+        twin = self._copy(tensor, self.device if tensor.is_meta else tensor.device, own=False)
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=_can_require_grad(twin))
+        elif tensor.requires_grad:
+            twin.requires_grad_(True)
+        if tensor.requires_grad:
+            self.required.append(twin)
+        return twin
+
+    def _of_input(self, value: Any) -> Any:
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            follow = leaf.is_meta or self._follow_model
+            twin = self._copy(leaf, self.device if follow else leaf.device, own=True)
+            if leaf.requires_grad:
+                self.required.append(twin.requires_grad_(True))
+            return twin
+
+        return pytree.tree_map(convert, value)
+
+    def _copy(self, tensor: torch.Tensor, device: torch.device, *, own: bool) -> torch.Tensor:
+        if self.mode is None:
+            shared = isinstance(tensor, nn.Parameter) and not own
+            return tensor.detach() if shared else tensor.detach().clone()
+        with self.mode:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def has_values(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model and the inputs hold data that a run could read."""
+    tensors = [*root.parameters(), *root.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    return not any(
+        isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors
+    )
+
+
+def _can_require_grad(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def model_device(module: nn.Module) -> torch.device | None:
@@ -23,43 +114,15 @@ def model_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-class Fakes:
-    """Fake twins of the model's tensors and of the example inputs, on one device."""
-
-    def __init__(self, mode: FakeTensorMode, device: torch.device | None) -> None:
-        self._mode = mode
-        # meta is where a model is when nobody cares for the device; cpu lets tensors that its code
-        # makes on the way mix with it, as they will when it is real
-        self._device = torch.device("cpu") if device is None or device.type == "meta" else device
-        self._follow_model = device is not None and device.type == "meta"
-        # what autograd is asked the gradients of
-        self.leaves: list[torch.Tensor] = []
-
-    def of_model(self, tensor: torch.Tensor) -> torch.Tensor:
-        registered = isinstance(tensor, nn.Parameter)
-        fake = self._make(tensor, self._device if tensor.is_meta else tensor.device)
-        if registered:
-            fake = nn.Parameter(fake, requires_grad=False)
-        return self._as_leaf(fake, tensor)
-
-    def of_input(self, value: Any) -> Any:
-        def convert(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            follow = leaf.is_meta or self._follow_model
-            return self._as_leaf(self._make(leaf, self._device if follow else leaf.device), leaf)
-
-        return pytree.tree_map(convert, value)
-
-    def _make(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        with self._mode:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-
-    def _as_leaf(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if real.requires_grad:
-            fake.requires_grad_(True)
-            self.leaves.append(fake)
-        return fake
+@contextlib.contextmanager
+def _no_logging() -> Iterator[None]:
+    # fake tensors log a traceback before they raise; our error says the same in one line
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def bind_placeholders(

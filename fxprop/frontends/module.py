@@ -2,7 +2,8 @@
 
 A `torch.fx.GraphModule` keeps only what its graph mentions, and has one graph. This one keeps the whole
 module tree (so state_dict keys, their order, and modules that no graph uses survive), and has one graph
-for training and one for evaluation where the model's code differs between the two.
+for training and one for evaluation where the model's code differs between the two. Inside a model that is
+not traced as a whole it also stays an instance of the class it was traced from, with its methods.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fxprop.frontends.tree import copy_tree
 # training mode -> graph; a missing mode could not be traced
 Graphs = Mapping[bool, fx.Graph]
 
-_OWN = ("_graphs", "_before", "_untraced")
+_OWN = ("_graphs", "_before", "_untraced", "_base")
 _GRAPH_MODULE = tuple(set(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - set(vars(nn.Module())))
 
 
@@ -45,6 +46,33 @@ class TracedModule(fx.GraphModule):
         self.__dict__.update({k: v for k, v in adopted if k not in (*_GRAPH_MODULE, *_OWN)})
         if isinstance(root, fx.GraphModule):
             self.meta = dict(root.meta)
+        self._base: type[nn.Module] = nn.Module
+        self._set(graphs, before, untraced)
+
+    @classmethod
+    def install(
+        cls,
+        module: nn.Module,
+        graphs: Graphs,
+        before: Graphs | None = None,
+        untraced: str = "",
+    ) -> TracedModule:
+        """Turn `module` itself into a TracedModule that is still an instance of its class.
+
+        Whatever refers to the module (its parents, lists, bound methods) then sees the traced one.
+        """
+        base = type(module)
+        blank = fx.GraphModule(nn.Module(), fx.Graph())
+        module.__dict__.update({key: vars(blank)[key] for key in _GRAPH_MODULE})
+        # the name by which fx knows a class made for one module
+        impl = type(base.__name__, (cls, base), {"__qualname__": "GraphModuleImpl"})
+        module.__class__ = impl
+        assert isinstance(module, TracedModule)
+        module._base = base
+        module._set(graphs, before, untraced)
+        return module
+
+    def _set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
         self._graphs = dict(graphs)
         self._before = None if before is None else dict(before)
         self._untraced = untraced
@@ -65,6 +93,10 @@ class TracedModule(fx.GraphModule):
         """Why one mode has no graph; empty if both have."""
         return self._untraced
 
+    def replace_graphs(self, graphs: Graphs, before: Graphs | None) -> None:
+        """Take other graphs, and others as those before the rewrite."""
+        self._set(graphs, before, self._untraced)
+
     def train(self, mode: bool = True) -> TracedModule:
         """Set train or eval mode, and the graph that belongs to it."""
         if mode not in self._graphs:
@@ -79,8 +111,8 @@ class TracedModule(fx.GraphModule):
         return self
 
     def tree(self) -> nn.Module:
-        """A plain module that holds a copy of the module tree, sharing every tensor."""
-        holder = nn.Module()
+        """A module of the original class that holds a copy of the module tree, sharing every tensor."""
+        holder = object.__new__(self._base)
         dropped = {*_GRAPH_MODULE, *_OWN}
         holder.__dict__.update({k: v for k, v in vars(self).items() if k not in dropped})
         return copy_tree(holder)
@@ -89,7 +121,7 @@ class TracedModule(fx.GraphModule):
         tree = copy.deepcopy(self.tree(), memo)
         graphs = copy_graphs(self._graphs)
         before = None if self._before is None else copy_graphs(self._before)
-        return TracedModule(tree, graphs, type(self).__name__, before, self._untraced)
+        return _build(tree, graphs, type(self).__name__, before, self._untraced)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tree = self.tree()
@@ -97,11 +129,23 @@ class TracedModule(fx.GraphModule):
         state = (tree, _as_modules(tree, self._graphs), type(self).__name__, before, self._untraced)
         return _from_modules, state
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # some classes that a module may also be an instance of define their own
+        return self.__reduce__()
+
 
 def copy_graphs(graphs: Graphs) -> Graphs:
     """Copies of the graphs; modes that share one share its copy."""
     twins = {id(graph): copy.deepcopy(graph) for graph in graphs.values()}
     return {mode: twins[id(graph)] for mode, graph in graphs.items()}
+
+
+def _build(
+    tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs | None, untraced: str
+) -> TracedModule:
+    if type(tree) is nn.Module:
+        return TracedModule(tree, graphs, class_name, before, untraced)
+    return TracedModule.install(tree, graphs, before, untraced)
 
 
 def _as_modules(tree: nn.Module, graphs: Graphs) -> Mapping[bool, fx.GraphModule]:
@@ -120,6 +164,4 @@ def _from_modules(
     def graphs(of: Mapping[bool, fx.GraphModule]) -> Graphs:
         return {mode: module.graph for mode, module in of.items()}
 
-    return TracedModule(
-        tree, graphs(modules), class_name, None if before is None else graphs(before), untraced
-    )
+    return _build(tree, graphs(modules), class_name, None if before is None else graphs(before), untraced)

@@ -1,250 +1,272 @@
-"""One run of a traced module, forward and backward, on fake tensors: shapes and FLOPs without computing.
+"""One run of a traced model, forward and backward: shapes and FLOPs, on fake tensors where possible.
 
-Takes a TracedModule and example inputs (real, fake or meta) and returns a `Run`. Allocates nothing of
-the model's size and changes no tensor, no module and no random state. Knows nothing of sparsity.
+Takes a `Traced` model and example inputs (real, fake or meta) and returns a `Run`. Changes no tensor, no
+module and no random state, and on fake tensors allocates nothing of the model's size. Knows nothing of
+sparsity.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 # not a public path, but the one torch's own documentation imports them from;
 # tests/test_project.py notices if they move
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError
-from fxprop.frontends.fakes import (
-    Fakes,
-    bind_placeholders,
-    describe,
-    model_device,
-    without_data_dependence,
-)
+from fxprop.frontends.counting import FORMULAS
+from fxprop.frontends.fakes import Twin, describe, has_values
+from fxprop.frontends.interpret import GraphRecorder, on_gradient
 from fxprop.frontends.module import TracedModule
-from fxprop.frontends.tree import copy_tree
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor that was never computed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-
-@dataclass
-class Run:
-    """What one run of a graph on fake tensors showed."""
-
-    # node name -> its output, where that is a tensor
-    outputs: dict[str, TensorInfo] = field(default_factory=dict)
-    # name of a call_module node -> its module's weight
-    weights: dict[str, TensorInfo] = field(default_factory=dict)
-    # names of the nodes whose output a gradient arrives at
-    reached: set[str] = field(default_factory=set)
-    forward_flops: int = 0
-    backward_flops: int = 0
+from fxprop.frontends.record import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
+from fxprop.frontends.traced import Traced
+from fxprop.frontends.watch import Watch
+from fxprop.ops.calls import described
+from fxprop.ops.table import Product
 
 
 @torch.inference_mode(False)
-def run_on_fakes(
-    traced: TracedModule, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Run:
-    """Run `graph` (one of `traced`'s) and its backward from every output that requires grad.
+def run_traced(traced: Traced, training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    """Run the model in a mode, and its backward from every output that requires grad.
 
     >>> traced = trace(torchvision.models.resnet18())
-    >>> run = run_on_fakes(traced, traced.graph, (torch.empty(8, 3, 224, 224, device="meta"),), {})
-    >>> run.outputs["conv1"].shape, run.backward_flops
+    >>> run = run_traced(traced, True, (torch.empty(8, 3, 224, 224, device="meta"),), {})
+    >>> run.calls[""][0].outputs["conv1"].shape, run.backward_flops
     ((8, 64, 112, 112), 56162123776)
 
-    Also notes each tensor's `tensor_meta` on the graph's nodes, as torch.fx's ShapeProp does. Gradients
-    of all parameters and inputs that require them are counted. Raises InputError naming the layer if
-    the model cannot run on the inputs.
+    Also notes each tensor's `tensor_meta` on the graphs' nodes, as torch.fx's ShapeProp does. Gradients
+    of all parameters and inputs that require them are counted. On fake tensors; if the model cannot run
+    on those, on real ones, where there are any. Raises InputError naming the layer if the model cannot
+    run on the inputs.
     """
-    # slow to import, and only needed here
-    from torch.utils.flop_counter import FlopCounterMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = Fakes(mode, model_device(traced))
-    module = copy_tree(traced.tree(), fakes.of_model)
-    without_data_dependence(module)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    values = [fakes.of_input(v) for v in bind_placeholders(placeholders, args, kwargs)]
-    counting = {torch.ops.aten.convolution_backward: _conv_backward_flops}
-    run = Run()
-    interpreter = _Recorder(module, graph, run)
-    with _no_logging(), mode, torch.enable_grad():
-        with FlopCounterMode(display=False, custom_mapping=counting) as forward:
-            outputs = interpreter.run_on(values)
-        run.forward_flops = forward.get_total_flops()
-        losses = [t for t in pytree.tree_leaves(outputs) if _is_differentiable(t)]
-        if losses and fakes.leaves:
-            seeds = [torch.ones_like(t) for t in losses]
-            # autograd.grad, not backward: nothing may be accumulated into a real parameter
-            with FlopCounterMode(display=False, custom_mapping=counting) as backward:
-                _backward(losses, fakes.leaves, seeds)
-            run.backward_flops = backward.get_total_flops()
-    return run
-
-
-def _backward(losses: list[torch.Tensor], leaves: list[torch.Tensor], seeds: list[torch.Tensor]) -> None:
     try:
-        torch.autograd.grad(losses, leaves, seeds, allow_unused=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the model's own backward fails on the example inputs: {reason}. Leave example_inputs out: "
-            "the model is transformed without counting FLOPs."
-        ) from error
+        return _Recording(traced, training, args, kwargs, real=False).run()
+    except InputError:
+        if not has_values(traced.root, args, kwargs):
+            raise
+        # a model that reads values; if the inputs are at fault, this says so in the model's own words
+        return _Recording(traced, training, args, kwargs, real=True).run()
 
 
-@contextlib.contextmanager
-def _no_logging() -> Iterator[None]:
-    # fake tensors log a traceback before they raise; our error says the same in one line
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+class _Recording:
+    """The state of one run; dropped with the autograd graph when it is done."""
 
+    def __init__(
+        self,
+        traced: Traced,
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        real: bool,
+    ) -> None:
+        self._run = Run(real=real)
+        self._twin = Twin(traced.root, args, kwargs, real=real)
+        self._twin.root.train(training) if self._twin.root.training != training else None
+        self._required = {id(tensor) for tensor in self._twin.required}
+        self._opaque = traced.opaque
+        # autograd functions in the order they were met; held, so that their ids stay theirs
+        self._functions: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._clock = 0
+        self._place = ""
+        # records whose requires_grad is settled when the run is done: (record, key, function)
+        self.watch = Watch(self._twin, self._called, self._product)
+        for path in traced.pieces:
+            piece = self._twin.root.get_submodule(path)
+            assert isinstance(piece, TracedModule)
+            graph = traced.pieces[path].graphs.get(training)
+            if graph is not None:
+                piece.__dict__["forward"] = GraphRecorder(self, path, piece, graph)
 
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: nn.Module, graph: fx.Graph, run: Run) -> None:
-        super().__init__(module, graph=graph)
-        self._run = run
-        self._at: fx.Node | None = None
+    def run(self) -> Run:
+        # slow to import, and only needed here
+        from torch.utils.flop_counter import FlopCounterMode
 
-    def run_on(self, values: list[Any]) -> Any:
-        described = ", ".join(describe(value) for value in values)
+        twin, run = self._twin, self._run
+        with twin.running():
+            with (
+                FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward,
+                self.watch.watching(),
+            ):
+                outputs = self._forward()
+            run.forward_flops = forward.get_total_flops()
+            losses = [t for t in _tensors(outputs) if t.requires_grad]
+            self._number_all([self.function(t) for t in losses])
+            required = [tensor for tensor in twin.required if tensor.requires_grad]
+            if losses and required:
+                with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+                    self._backward(losses, required)
+                run.backward_flops = backward.get_total_flops()
+        self._settle()
+        return run
+
+    def _forward(self) -> Any:
+        twin = self._twin
+        given = ", ".join(describe(value) for value in pytree.tree_leaves((twin.args, twin.kwargs)))
         try:
-            # keyed by placeholder: fx's own argument handling would drop keyword-only names
-            nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
-            environment = dict(zip(nodes, values, strict=True))
-            for node, value in environment.items():
-                self._note(node, value)
-            return self.run(initial_env=environment, enable_io_processing=False)
+            return twin.root(*twin.args, **twin.kwargs)
         except InputError:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            place = "" if self._at is None else f" at {_place(self._at)}"
-            if isinstance(error, DataDependentOutputException):
+            if not self._place and self.watch.at:
+                self._place = f" at layer {self.watch.at!r}"
+            if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
                 raise InputError(
-                    f"the model reads the values of tensors{place}, and fxprop finds shapes with fake "
-                    f"tensors, which have none ({reason}). Leave example_inputs out: the model is "
-                    "transformed without counting FLOPs."
+                    f"the model reads the values of tensors{self._place}, and fxprop finds shapes with "
+                    f"fake tensors, which have none ({reason}). Give example inputs that are real, and a "
+                    "model with real weights. Or leave example_inputs out, if torch.fx can trace it: the "
+                    "model is transformed without counting FLOPs."
                 ) from error
             raise InputError(
-                f"the model cannot run on the example inputs ({described}): it fails{place}: {reason}. "
+                f"the model cannot run on the example inputs ({given}): it fails{self._place}: {reason}. "
                 "Pass inputs of the shape, dtype and device that the model takes."
             ) from error
 
-    def run_node(self, n: fx.Node) -> Any:
-        self._at = n
-        value = super().run_node(n)
-        self._note(n, value)
-        if n.op.startswith("call_") and _is_differentiable(value):
-            # holds the set alone: a hook that held the interpreter would keep the model alive for ever
-            value.register_hook(partial(_note_reached, self._run.reached, n.name))
-        return value
+    def _backward(self, losses: list[torch.Tensor], required: list[torch.Tensor]) -> None:
+        try:
+            # autograd.grad, not backward: nothing may be accumulated into a real parameter
+            seeds = [torch.ones_like(t) for t in losses]
+            torch.autograd.grad(losses, required, seeds, allow_unused=True)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"the model's own backward fails on the example inputs: {reason}. Leave example_inputs "
+                "out: the model is transformed without counting FLOPs."
+            ) from error
 
-    def _note(self, node: fx.Node, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            self._run.outputs[node.name] = tensor_info(value)
-            node.meta["tensor_meta"] = _metadata(value)
+    # --- what is noted on the way -------------------------------------------------------------------
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # generated code passes fresh lists, which functions may change; the graph's own are immutable
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _plain(args), _plain(kwargs)
+    def tick(self) -> int:
+        """The next moment of the run."""
+        self._clock += 1
+        return self._clock
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        raise AssertionError("placeholders are given in the initial environment")
+    def failed_at(self, place: str) -> None:
+        """Remember where the run stopped, for the error."""
+        self._place = self._place or place
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(target, args, kwargs)
-        weight = getattr(self.fetch_attr(target), "weight", None)
-        if self._at is not None and isinstance(weight, torch.Tensor):
-            self._run.weights[self._at.name] = tensor_info(weight)
-        return result
+    def new_call(self, path: str) -> GraphCall:
+        """The record of a call of the graph at `path`."""
+        call = GraphCall()
+        self._run.calls.setdefault(path, []).append(call)
+        return call
+
+    def function(self, tensor: torch.Tensor) -> int | None:
+        """The number of the autograd function that made `tensor`."""
+        function = tensor.grad_fn
+        return None if function is None else self._number(function)
+
+    def _number(self, function: Any) -> int:
+        if id(function) not in self._numbers:
+            self._numbers[id(function)] = len(self._functions)
+            self._functions.append(function)
+        return self._numbers[id(function)]
+
+    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in self._opaque:
+            self._run.opaque.setdefault(name, self.tick())
+
+    def _product(
+        self, module: str, parameter: str, product: Product, result: Any, source: str | None
+    ) -> None:
+        if not isinstance(result, torch.Tensor) or not isinstance(product.input, torch.Tensor):
+            return
+        record = ProductCall(
+            module,
+            parameter,
+            described(product, self.info),
+            self.info(result),
+            self.tick(),
+            self.function(result),
+            source,
+        )
+        self._run.products.append(record)
+        if result.requires_grad:
+            on_gradient(result, partial(_reach, record))
+
+    def info(self, tensor: torch.Tensor) -> TensorInfo:
+        """The record of `tensor`; who needs its gradient is settled when the run is done."""
+        info = tensor_info(tensor)
+        function = self.function(tensor)
+        if function is not None:
+            return _Pending(info.shape, info.dtype, info.requires_grad, function)
+        return replace(info, requires_grad=id(tensor) in self._required)
+
+    # --- when it is done ----------------------------------------------------------------------------
+
+    def _number_all(self, roots: list[int | None]) -> None:
+        """Number every function that the recorded ones lead to."""
+        following: dict[int, tuple[int, ...]] = {}
+        at = 0
+        while at < len(self._functions):
+            function = self._functions[at]
+            next_ = [f for f, _ in function.next_functions if f is not None]
+            following[at] = tuple(self._number(f) for f in next_)
+            at += 1
+        self._run.autograd = Autograd(following)
+
+    def _settle(self) -> None:
+        leaves = [
+            number
+            for number, function in enumerate(self._functions)
+            if id(getattr(function, "variable", None)) in self._required
+        ]
+        requiring = self._run.autograd.requiring(leaves)
+
+        def settled(info: Any) -> Any:
+            if not isinstance(info, _Pending):
+                return info
+            return TensorInfo(info.shape, info.dtype, info.function in requiring)
+
+        for calls in self._run.calls.values():
+            for call in calls:
+                call.outputs = {name: settled(info) for name, info in call.outputs.items()}
+                call.weights = {name: settled(info) for name, info in call.weights.items()}
+        for record in self._run.products:
+            product = record.product
+            record.output = settled(record.output)
+            record.product = replace(
+                product,
+                input=settled(product.input),
+                weight=settled(product.weight),
+                bias=settled(product.bias),
+            )
 
 
-def _plain(value: Any) -> Any:
-    """`value` with fx's immutable lists and dicts as ordinary ones."""
-    if type(value) in (list, immutable_list):
-        return [_plain(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_plain(item) for item in value)
-    if type(value) in (dict, immutable_dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+class _Pending(TensorInfo):
+    """A TensorInfo whose requires_grad depends on what the autograd graph leads to."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, function: int
+    ) -> None:
+        super().__init__(shape, dtype, requires_grad)
+        object.__setattr__(self, "function", function)
+
+    function: int
 
 
-def _note_reached(reached: set[str], name: str, grad: torch.Tensor) -> None:
-    reached.add(name)
+def _reach(record: ProductCall, grad: torch.Tensor) -> None:
+    record.reached = True
 
 
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def tensor_info(tensor: torch.Tensor) -> TensorInfo:
-    """The record of `tensor`."""
-    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-
-def _metadata(tensor: torch.Tensor) -> TensorMetadata:
-    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-    memory_format = next(
-        (f for f in formats if _can_be(tensor, f) and tensor.is_contiguous(memory_format=f)), None
-    )
-    return TensorMetadata(
-        tensor.shape, tensor.dtype, tensor.requires_grad, tensor.stride(), memory_format, False, {}
-    )
-
-
-def _can_be(tensor: torch.Tensor, memory_format: torch.memory_format) -> bool:
-    needs = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
-    return needs is None or tensor.dim() == needs
-
-
-def _place(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return f"layer {node.target!r}"
-    return f"node {node.name!r}"
-
-
-def _conv_backward_flops(
-    grad_output: Any,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    output_mask: Any,
-    out_shape: Any = None,
-    **_: Any,
-) -> int:
-    """2 per multiply-add for each gradient; torch's own formula counts dW `groups` times over."""
-    spatial = input if transposed else grad_output  # the smaller side's positions each meet the kernel
-    positions = spatial[0] * math.prod(spatial[2:])
-    one = 2 * positions * math.prod(weight) if weight else 0
-    return int(one) * (bool(output_mask[0]) + bool(output_mask[1]))
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """Every tensor in what a model returns, in dataclasses and mappings of any class too."""
+    found: list[torch.Tensor] = []
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += _tensors(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf):
+            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found

@@ -1,4 +1,4 @@
-"""The symbolic front-end: an nn.Module in, a TracedModule out, by torch.fx tracing.
+"""The symbolic front-end: an nn.Module in, its graphs out, by torch.fx tracing.
 
 Takes any nn.Module (or GraphModule, whose graph is used as it is). The model is never changed: a copy of
 its module tree is traced. Knows nothing of sparsity.
@@ -6,6 +6,7 @@ its module tree is traced. Knows nothing of sparsity.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import traceback
@@ -16,62 +17,52 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxprop.errors import FxpropError, InputError, TraceError
+from fxprop.errors import InputError, TraceError
+from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
-from fxprop.frontends.module import TracedModule, copy_graphs
+from fxprop.frontends.leaves import SITE_MODULES
+from fxprop.frontends.module import Graphs, TracedModule, copy_graphs
 from fxprop.frontends.tree import copy_tree
 
 # module types, or qualified names, that are kept as one call
 LeafModules = Collection[type[nn.Module] | str]
 
-_SITE_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def trace(
-    model: nn.Module,
-    given: Mapping[str, Any] | None = None,
-    leaf_modules: LeafModules = (),
-) -> TracedModule:
-    """Trace `model` in its present mode and, where the code differs, in the other one.
+def trace_modes(
+    model: nn.Module, given: Mapping[str, Any] | None = None, leaf_modules: LeafModules = ()
+) -> tuple[Graphs, str]:
+    """The graphs of `model` in its present mode and, where the code differs, in the other one.
 
-    >>> traced = trace(torchvision.models.resnet18())
-    >>> print(traced.code)
+    >>> graphs, why_not = trace_modes(torchvision.models.resnet18().train())
+    >>> graphs[True] is graphs[False]
+    True
 
     `given` maps argument names to example values; see `bind_arguments`. Arguments with a default that
-    are not given, and given values that are not tensors, are fixed to their values, which the traced
-    module checks at run time. Raises TraceError naming the module and source line that stopped it.
+    are not given, and given values that are not tensors, are fixed to their values, which the graph
+    checks at run time; None fixes nothing. Raises TraceError naming the module and source line that
+    stopped it; if only the other mode cannot be traced, returns why.
     """
-    class_name = type(model).__name__
     if isinstance(model, TracedModule):
-        return TracedModule(model.tree(), copy_graphs(model.graphs), class_name, untraced=model.untraced)
-    tree = copy_tree(model)
+        return copy_graphs(model.graphs), model.untraced
     if isinstance(model, fx.GraphModule):
-        graphs = copy_graphs(dict.fromkeys((True, False), model.graph))
-        return TracedModule(tree, graphs, class_name)
-
+        return copy_graphs(dict.fromkeys((True, False), model.graph)), ""
     here = model.training
-    graphs = {here: SiteTracer(leaf_modules, given or {}).trace(tree)}
-    there, untraced = _trace_other_mode(model, leaf_modules, given or {})
-    if there is not None:
-        same = there.python_code("self").src == graphs[here].python_code("self").src
-        graphs[not here] = graphs[here] if same else there
-    return TracedModule(tree, graphs, class_name, untraced=untraced)
-
-
-def _trace_other_mode(
-    model: nn.Module, leaf_modules: LeafModules, given: Mapping[str, Any]
-) -> tuple[fx.Graph | None, str]:
-    """The graph in the mode `model` is not in, or None and the reason."""
+    graphs = {here: SiteTracer(leaf_modules, given).trace(copy_tree(model))}
     tree = copy_tree(model)
     for module in tree.modules():
-        module.training = not model.training
+        module.training = not here
     try:
-        return SiteTracer(leaf_modules, given).trace(tree), ""
+        there = SiteTracer(leaf_modules, given).trace(tree)
     except TraceError as error:
-        return None, str(error)
+        return graphs, str(error)
+    same = there.python_code("self").src == graphs[here].python_code("self").src
+    graphs[not here] = graphs[here] if same else there
+    return graphs, ""
 
 
 @fx.has_side_effect
@@ -104,17 +95,30 @@ class SiteTracer(fx.Tracer):
         # None: fix nothing, as when generated code is traced again
         self._given = given
         self._failed_in: str | None = None
+        self._modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            # a graph does not hold the context, and would compute with the gradients it forbids
+            raise TraceError(
+                "code inside torch.no_grad() or torch.autocast() cannot be kept in an fx graph"
+            )
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self._leaf_types) or module_qualified_name in self._leaf_names:
             return True
-        if isinstance(m, _SITE_MODULES) or super().is_leaf_module(m, module_qualified_name):
+        if attention.is_attention(m):
+            return False
+        if isinstance(m, tuple(SITE_MODULES)) or super().is_leaf_module(m, module_qualified_name):
             return True
         if isinstance(m, (*_NORM_MODULES, nn.modules.dropout._DropoutNd)):
             return True
         return not _holds_weights(m) and _depends_on_mode(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if attention.is_attention(m):
+            forward = functools.partial(attention.forward, m)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -127,6 +131,8 @@ class SiteTracer(fx.Tracer):
             # fx would make it a plain dict
             items = [(key, value) for key, value in a.items()]
             return self.create_proxy("call_function", OrderedDict, (items,), {}).node
+        if isinstance(a, dict) and type(a) is not dict and not isinstance(a, immutable_dict):
+            raise TraceError(f"a {type(a).__name__}, which an fx graph would turn into a plain dict")
         return super().create_arg(a)
 
     def create_args_for_root(
@@ -152,18 +158,40 @@ class SiteTracer(fx.Tracer):
         return fn, args
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if "forward" in vars(root):
+            # fx would trace the class's
+            raise TraceError(f"the forward of this {type(root).__name__} was replaced on the instance")
         try:
-            return super().trace(root, concrete_args)
-        except FxpropError:
+            graph = super().trace(root, concrete_args)
+            _check_stores_nothing(root)
+            return graph
+        except InputError:
             raise
         except Exception as error:
             where = self._failed_in or f"the model itself ({type(root).__name__})"
             raise TraceError(_explain(error, where)) from error
 
 
+def _modes() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")))
+
+
+def _check_stores_nothing(root: nn.Module) -> None:
+    """Raise TraceError if the code has put one of its tensors in an attribute, which a graph would not."""
+    for name, module in root.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, fx.Proxy) or (
+                isinstance(value, list | tuple) and any(isinstance(v, fx.Proxy) for v in value)
+            ):
+                raise TraceError(
+                    f"module {name!r} stores a tensor in its attribute {attribute!r}, which an fx graph "
+                    "would not do"
+                )
+
+
 def _holds_weights(module: nn.Module) -> bool:
     """Whether a conv, linear or raw matrix weight lives inside, which a leaf would hide."""
-    return any(isinstance(m, _SITE_MODULES) for m in module.modules()) or any(
+    return any(isinstance(m, tuple(SITE_MODULES)) for m in module.modules()) or any(
         p.dim() >= 2 for p in module.parameters()
     )
 

@@ -37,9 +37,12 @@ class _Copier:
 
     def module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._done:
-            twin = object.__new__(type(module))
+            generated = type(module).__qualname__ == "GraphModuleImpl"
+            twin: Any = object.__new__(_class_of_its_own(type(module)) if generated else type(module))
             self._remember(module, twin)
             twin.__dict__.update({key: self.value(v) for key, v in vars(module).items()})
+            if generated:
+                twin.recompile()
         twin = self._done[id(module)]
         assert isinstance(twin, nn.Module)
         return twin
@@ -85,3 +88,8 @@ class _Copier:
         self._seen.append(original)
         self._done[id(original)] = twin
         return twin
+
+
+def _class_of_its_own(impl: type) -> type:
+    """fx keeps generated code on a class made for one module; a twin with that class would share it."""
+    return type(impl.__name__, impl.__bases__, {"__qualname__": impl.__qualname__})

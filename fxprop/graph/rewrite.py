@@ -1,36 +1,63 @@
-"""Plan to rewritten graph.
+"""Plan to rewritten model.
 
-Takes a graph and the Plan for it; returns a new graph in which every site that the plan rewrites calls
-its `fxprop.ops` function. The graph given is not touched, and neither is any node that the plan leaves.
+Takes a Traced model and the Plan for each mode; changes the model's graphs so that every site that the
+plan rewrites calls its `fxprop.ops` function. What the plan leaves is not touched.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx
 
-from fxprop import ops
 from fxprop.errors import RewriteError
+from fxprop.frontends.module import TracedModule
+from fxprop.frontends.traced import Traced
+from fxprop.graph.calls import SparseCode, parameter_of
+from fxprop.graph.verify import rewritten_nodes, verify_graph
 from fxprop.ops.common import Keep
-from fxprop.plan import Call, Decision, Operand, Plan
+from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
+from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
 # the one key that fxprop writes to node.meta: the node's Decision
 META_KEY = "fxprop"
 
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "conv1d": ops.conv1d,
-    "conv2d": ops.conv2d,
-    "conv3d": ops.conv3d,
-    "linear": ops.linear,
-}
+
+def rewrite_model(traced: Traced, plans: Mapping[bool, Plan]) -> None:
+    """Rewrite every graph of `traced`, and the code without a graph, by the plans for its modes."""
+    here = traced.training
+    for path, piece in traced.pieces.items():
+        before = piece.graphs
+        graphs: dict[bool, fx.Graph] = {}
+        for mode in sorted(before, key=lambda mode: mode != here):
+            if mode != here and before[mode] is before.get(here):
+                graphs[mode] = graphs[here]
+                continue
+            decisions = _of_graph(plans[mode], path)
+            graphs[mode] = rewrite(before[mode], decisions)
+            verify_graph(before[mode], graphs[mode], decisions)
+        piece.replace_graphs(graphs, before)
+    for path in traced.products:
+        products: dict[str, dict[int, Sparsity]] = {}
+        for decision in (d for plan in plans.values() for d in plan.rewritten):
+            if not decision.site.is_node and decision.site.graph == path and decision.sparsity:
+                of_parameter = products.setdefault(parameter_of(decision.site), {})
+                of_parameter[decision.sparsity.n] = decision.sparsity
+        if products:
+            SparseCode.install(traced.root.get_submodule(path), products)
 
 
-def rewrite(graph: fx.Graph, plan: Plan) -> fx.Graph:
-    """A copy of `graph` with the rewritten sites of `plan` in their sparse form.
+def _of_graph(plan: Plan, path: str) -> tuple[Decision, ...]:
+    """The rewritten sites in the graph at `path`: one decision for each node."""
+    of_nodes = {d.site.node: d for d in plan.rewritten if d.site.graph == path and d.site.is_node}
+    return tuple(of_nodes.values())
+
+
+def rewrite(graph: fx.Graph, decisions: tuple[Decision, ...]) -> fx.Graph:
+    """A copy of `graph` with the sites of `decisions` in their sparse form.
 
     Given (x [8, 64, 56, 56], layer1.0.conv1.weight [64, 64, 3, 3])::
 
@@ -43,7 +70,7 @@ def rewrite(graph: fx.Graph, plan: Plan) -> fx.Graph:
     """
     twin = copy.deepcopy(graph)
     nodes = {node.name: node for node in twin.nodes}
-    for decision in plan.rewritten:
+    for decision in decisions:
         try:
             node = nodes[decision.site.node]
         except KeyError as error:
@@ -67,12 +94,17 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
         if call.pad is not None:
             pad, mode = call.pad
             input_ = _derived(graph, node, graph.call_function(F.pad, (input_, pad), {"mode": mode}))
+        constants: dict[str, Any] = {
+            name: _fetch(graph, nodes, value, node) if isinstance(value, Operand) else value
+            for name, value in call.constants.items()
+        }
+    args, kwargs = arguments(Product(site.op, input_, weight, bias, constants))
+    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias)
     # changed in place: the name, the users and the metadata stay
     node.op = "call_function"
     node.target = OPERATORS[site.op]
-    node.args = (input_, weight, bias)
-    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias)
-    node.kwargs = {**call.geometry, **keep.arguments()}
+    node.args = args
+    node.kwargs = {**kwargs, **keep.arguments(takes_bias(site.op))}
     node.meta[META_KEY] = decision
 
 
@@ -91,7 +123,10 @@ def _derived(graph: fx.Graph, user: fx.Node, node: fx.Node) -> fx.Node:
     return node
 
 
-def rewritten_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of `graph` that call a sparse operator."""
-    functions = set(OPERATORS.values())
-    return [n for n in graph.nodes if n.op == "call_function" and n.target in functions]
+def is_rewritten(module: object) -> bool:
+    """Whether something of `module` itself is in sparse form."""
+    if isinstance(module, SparseCode):
+        return True
+    if isinstance(module, TracedModule):
+        return any(rewritten_nodes(graph) for graph in module.graphs.values())
+    return isinstance(module, fx.GraphModule) and bool(rewritten_nodes(module.graph))

@@ -2,53 +2,150 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from fxprop.frontends.module import TracedModule
-from fxprop.frontends.shapes import Run, TensorInfo
-from fxprop.plan import Site
-
-# the arguments of a convolution that are not tensors
-GEOMETRY = ("stride", "padding", "dilation", "groups")
+from fxprop.frontends.record import GraphCall, TensorInfo, tensor_info
+from fxprop.ops.sizes import sizes
+from fxprop.plan import Call, Site
 
 
 @dataclass(frozen=True)
 class Context:
-    traced: TracedModule
-    run: Run | None
+    """One graph, one call of it, and the module that holds its tensors."""
+
+    module: nn.Module
+    graph: fx.Graph
+    # what one call of the graph showed; None without example inputs
+    call: GraphCall | None
+    # qualified name of `module` in the model; "" for the model itself
+    path: str = ""
+    # placeholders that are parameters of the model, by their names there
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    # modules whose sites are found in graphs of their own
+    elsewhere: frozenset[str] = frozenset()
+    # modules that stay as they are, and why
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, target: str) -> str:
+        """The qualified name in the model of what is called `target` in this graph's module."""
+        return ".".join(part for part in (self.path, target) if part)
+
+    def parameter_of(self, node: fx.Node) -> str | None:
+        """The parameter (named as in this graph's module) that `node` is, or is computed from alone."""
+        return self._origins.get(node)
+
+    @functools.cached_property
+    def _origins(self) -> Mapping[fx.Node, str]:
+        origins: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            name = self._origin(node, origins)
+            if name is not None:
+                origins[node] = name
+        return origins
+
+    def _origin(self, node: fx.Node, origins: Mapping[fx.Node, str]) -> str | None:
+        if node.op == "placeholder":
+            return self.parameters.get(node.name)
+        if node.op == "get_attr":
+            target = str(node.target)
+            return target if _is_parameter(self.module, target) else None
+        inputs = node.all_input_nodes
+        if node.op not in ("call_function", "call_method") or not all(i in origins for i in inputs):
+            return None
+        # a scale that a matrix is multiplied with does not give it its name
+        return max((origins[i] for i in inputs), key=self._rank, default=None)
+
+    def _rank(self, name: str) -> int:
+        tensor = None if self.parameters else _lookup(self.module, name)
+        return tensor.dim() if isinstance(tensor, torch.Tensor) else 0
+
+    def info(self, node: fx.Node) -> TensorInfo | None:
+        """What is known of the tensor at `node`."""
+        known = self.call.outputs.get(node.name) if self.call else None
+        if known is None and node.op == "get_attr":
+            tensor = _lookup(self.module, str(node.target))
+            known = tensor_info(tensor) if isinstance(tensor, torch.Tensor) else None
+        return known
 
 
-def with_shapes(
-    site: Site, context: Context, node: fx.Node, weight: TensorInfo | None, groups: int
-) -> Site:
+def _owner(module: nn.Module, target: str) -> tuple[nn.Module, str]:
+    path, _, attribute = target.rpartition(".")
+    return module.get_submodule(path), attribute
+
+
+def _lookup(module: nn.Module, target: str) -> Any:
+    """The attribute, if it is stored: a property is left alone, as evaluating it may have effects."""
+    owner, attribute = _owner(module, target)
+    tensors = {**vars(owner), **vars(owner)["_parameters"], **vars(owner)["_buffers"]}
+    return tensors.get(attribute)
+
+
+def _is_parameter(module: nn.Module, target: str) -> bool:
+    owner, attribute = _owner(module, target)
+    tensor = _lookup(module, target)
+    # hooks such as weight_norm's put a computed weight where the parameter was
+    computed = isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    return isinstance(tensor, nn.Parameter) or computed or parametrize.is_parametrized(owner, attribute)
+
+
+def own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter `name`, or what it is computed from where it is parametrized.
+
+    A parametrization is not evaluated, which may have effects; in every one of torch's own the largest of
+    its originals has the weight's shape.
+    """
+    if parametrize.is_parametrized(module, name):
+        lists = module.parametrizations
+        assert isinstance(lists, nn.ModuleDict)
+        return max(lists[name].parameters(recurse=False), key=torch.numel, default=None)
+    parameter = vars(module)["_parameters"].get(name)
+    return parameter if isinstance(parameter, torch.Tensor) else None
+
+
+def with_shapes(site: Site, context: Context, node: fx.Node, call: Call, weight: TensorInfo | None) -> Site:
+    """`site` with its call, and all that the shapes say; with a reason to skip it where they forbid it."""
     if weight is None:
-        return replace(site, skip="its weight is not a tensor that can be read")
-    site = replace(site, groups=groups, weight_shape=weight.shape, is_complex=weight.dtype.is_complex)
-    run = context.run
-    if run is None or site.call is None:
-        return replace(site, needs_grad_weight=weight.requires_grad)
-    input_ = run.outputs.get(site.call.input.node or "")
-    output = run.outputs.get(node.name)
-    if input_ is None or output is None:
+        return replace(site, skip="the shape of its computed weight is known only with example_inputs")
+    record = context.call
+    input_ = record.outputs.get(call.input.node or "") if record else None
+    output = record.outputs.get(node.name) if record else None
+    if record is not None and (input_ is None or output is None):
         return replace(site, skip="its input or output is not a tensor")
-    reached = node.name in run.reached
+    found = sizes(
+        site.op,
+        input_.shape if input_ else None,
+        weight.shape,
+        output.shape if output else None,
+        call.constants,
+    )
+    if isinstance(found, str):
+        return replace(site, skip=found)
+    reached = record is None or node.name in record.reached
     return replace(
         site,
-        input_shape=input_.shape,
-        output_shape=output.shape,
-        needs_grad_input=reached and input_.requires_grad,
+        call=call,
+        groups=found.groups,
+        out_channels=found.out_channels,
+        multiply_adds=found.multiply_adds,
+        weight_shape=weight.shape,
+        input_shape=input_.shape if input_ else None,
+        output_shape=output.shape if output else None,
+        is_complex=weight.dtype.is_complex or (input_ is not None and input_.dtype.is_complex),
+        needs_grad_input=reached and (input_ is None or input_.requires_grad),
         needs_grad_weight=reached and weight.requires_grad,
-        is_complex=site.is_complex or input_.dtype.is_complex,
     )
 
 
 def call_name(target: Callable[..., Any] | str) -> str:
+    """What a call node calls, by its short name."""
     if isinstance(target, str):
         return target
     if isinstance(target, torch._ops.OpOverload):
@@ -65,6 +162,6 @@ def source_line(node: fx.Node) -> str | None:
     frames = [
         f
         for f in _FRAME.finditer(trace or "")
-        if "/torch/nn/" not in f["file"] and "/torch/fx/" not in f["file"]
+        if not any(part in f["file"] for part in ("/torch/nn/", "/torch/fx/", "/fxprop/frontends/"))
     ]
     return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else None

@@ -7,12 +7,11 @@ import warnings
 from torch import fx, nn
 
 from fxprop.errors import RewriteError
-from fxprop.frontends.module import TracedModule
-from fxprop.graph.rewrite import rewritten_nodes
-from fxprop.plan import Plan
+from fxprop.ops.table import OPERATORS
+from fxprop.plan import Decision
 
 
-def verify_graph(before: fx.Graph, after: fx.Graph, plan: Plan) -> None:
+def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, ...]) -> None:
     """The graph is well-formed, takes and returns the same, and holds what was planned."""
     with warnings.catch_warnings():
         # lint warns of attributes that are properties, as lazily computed weights are
@@ -25,7 +24,7 @@ def verify_graph(before: fx.Graph, after: fx.Graph, plan: Plan) -> None:
         old, new = _interface(before, op), _interface(after, op)
         if old != new:
             raise RewriteError(f"the rewrite changed the graph's {op}s from {old} to {new}")
-    planned = {d.site.node for d in plan.rewritten}
+    planned = {d.site.node for d in decisions}
     found = {node.name for node in rewritten_nodes(after)} - {node.name for node in rewritten_nodes(before)}
     if planned != found:
         raise RewriteError(
@@ -34,11 +33,17 @@ def verify_graph(before: fx.Graph, after: fx.Graph, plan: Plan) -> None:
         )
 
 
+def rewritten_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of `graph` that call a sparse operator."""
+    functions = set(OPERATORS.values())
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in functions]
+
+
 def _interface(graph: fx.Graph, op: str) -> list[str]:
     return [f"{n.name}({n.target}, {n.args}, {n.kwargs})" for n in graph.nodes if n.op == op]
 
 
-def verify_state(model: nn.Module, rewritten: TracedModule) -> None:
+def verify_state(model: nn.Module, rewritten: nn.Module) -> None:
     """The rewritten module holds the very tensors of `model`, under the same keys in the same order."""
     for kind in ("named_parameters", "named_buffers"):
         old = list(getattr(model, kind)(remove_duplicate=False))

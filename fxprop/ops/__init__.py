@@ -3,8 +3,31 @@
 Tensors in, tensors out; nothing here knows about graphs.
 """
 
+from fxprop.ops.attention import attention, check_same, restore_layout, sequence_first, unpack
 from fxprop.ops.conv import conv1d, conv2d, conv3d
+from fxprop.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
+from fxprop.ops.product import addmm, einsum, matmul
 from fxprop.ops.select import register_score, score_names
 
-__all__ = ["conv1d", "conv2d", "conv3d", "linear", "register_score", "score_names"]
+__all__ = [
+    "addmm",
+    "attention",
+    "check_same",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "einsum",
+    "grouped_mm",
+    "linear",
+    "matmul",
+    "register_score",
+    "restore_layout",
+    "score_names",
+    "sequence_first",
+    "unpack",
+]

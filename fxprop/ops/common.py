@@ -23,9 +23,12 @@ class Keep(NamedTuple):
     score: str
     bias_grad: BiasGrad
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, takes_bias: bool = True) -> dict[str, Any]:
         """As keywords of a call, without the default that generated code leaves out."""
-        return {k: v for k, v in self._asdict().items() if (k, v) != ("bias_grad", "full")}
+        keywords = self._asdict()
+        if not takes_bias or self.bias_grad == "full":
+            del keywords["bias_grad"]
+        return keywords
 
 
 def public(function: F) -> F:

@@ -19,7 +19,8 @@ from fxprop.plan import BiasGrad, Select
 IntOrInts = int | Sequence[int]
 
 
-def _expand(value: IntOrInts, dims: int) -> list[int]:
+def expand(value: IntOrInts, dims: int) -> list[int]:
+    """One number per spatial dimension."""
     if isinstance(value, int):
         return [value] * dims
     values = list(value)
@@ -38,7 +39,7 @@ def _resolve_padding(
     if padding == "valid":
         return input, [0] * dims
     if not isinstance(padding, str):
-        return input, _expand(padding, dims)
+        return input, expand(padding, dims)
     total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
     extra = [amount % 2 for amount in total]
     if any(extra):
@@ -81,9 +82,9 @@ def _convolve(
     unbatched = input.dim() == dims + 1
     if unbatched:
         input = input.unsqueeze(0)
-    dilations = _expand(dilation, dims)
+    dilations = expand(dilation, dims)
     input, paddings = _resolve_padding(input, weight, padding, dilations)
-    geometry = Geometry(_expand(stride, dims), paddings, dilations, groups)
+    geometry = Geometry(expand(stride, dims), paddings, dilations, groups)
     output: Tensor = SparseConv.apply(input, weight, bias, geometry, keep)
     return output.squeeze(0) if unbatched else output
 

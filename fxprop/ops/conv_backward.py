@@ -1,7 +1,7 @@
 """The sparse backward of convolutions: select, then run the ordinary kernels on what is left.
 
 Layouts: input [N, C_in, *spatial], weight [C_out, C_in/groups, *kernel], grad_output
-[N, C_out, *spatial_out].
+[N, C_out, *spatial_out]. The weight of a transposed convolution is [C_in, C_out/groups, *kernel].
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ class Geometry(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
+    transposed: bool = False
+    # of a transposed convolution; zeros otherwise
+    output_padding: list[int] | None = None
+
+    def arguments(self, groups: int) -> tuple[Any, ...]:
+        """As aten's convolution takes them, from stride to groups."""
+        output_padding = self.output_padding or [0] * len(self.stride)
+        return (self.stride, self.padding, self.dilation, self.transposed, output_padding, groups)
+
+    def out_channels(self, weight: Tensor) -> int:
+        """C_out of a convolution with this weight."""
+        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
 
 
 class SparseConv(torch.autograd.Function):
@@ -32,10 +44,7 @@ class SparseConv(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, keep: Keep
     ) -> Tensor:
-        stride, padding, dilation, groups = geometry
-        return torch.convolution(
-            input, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-        )
+        return torch.convolution(input, weight, bias, *geometry.arguments(geometry.groups))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,7 +68,6 @@ def _backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_weight, needs_bias = needs[:3]
-    out_channels, groups = weight.shape[0], geometry.groups
     summed = (0, *range(2, grad_output.dim()))
     grad_bias = None
     if needs_bias and keep.bias_grad == "full":
@@ -68,49 +76,83 @@ def _backward(
     if not (needs_input or needs_weight or needs_bias):
         return None, None, grad_bias
 
+    wanted = (needs_input, needs_weight)
     if keep.select == "element":
         flat = mask_elements(grad_output.flatten(1), keep.k, keep.score)
         grad = flat.view(grad_output.shape)
-        grad_input, grad_weight = _dense(grad, input, weight, geometry, groups, needs_input, needs_weight)
-        if needs_bias:
-            grad_bias = grad.sum(summed)
-        return grad_input, grad_weight, grad_bias
+        grad_input, grad_weight = _dense(grad, input, weight, geometry, geometry.groups, wanted)
+        return grad_input, grad_weight, grad.sum(summed) if needs_bias else grad_bias
 
+    out_channels, groups = geometry.out_channels(weight), geometry.groups
     depthwise = groups == out_channels
     kept = select_channels(grad_output, 1, 1 if depthwise else groups, keep.k, keep.score)
     grad = grad_output.index_select(1, kept)
-    kept_weight = weight.index_select(0, kept)
     if depthwise and groups > 1:
-        # a dropped channel drops its whole group, so its input channels are not read either
-        per_group = weight.shape[1]
-        kept_in = kept
-        if per_group > 1:
-            within = torch.arange(per_group, device=kept.device)
-            kept_in = (kept[:, None] * per_group + within).flatten()
-        grad_input, grad_weight = _dense(
-            grad,
-            input.index_select(1, kept_in),
-            kept_weight,
-            geometry,
-            keep.k,
-            needs_input,
-            needs_weight,
-        )
-        if grad_input is not None:
-            grad_input = torch.zeros_like(input).index_copy_(1, kept_in, grad_input)
-    elif pointwise.applies(input, weight, geometry.padding, groups):
-        grad_input, grad_weight = pointwise.gradients(
-            grad, input, kept_weight, geometry.stride, needs_input, needs_weight
-        )
+        grad_input, grad_weight = _depthwise(grad, input, weight, geometry, kept, wanted)
+    elif geometry.transposed:
+        grad_input, grad_weight = _transposed(grad, input, weight, geometry, kept, wanted)
     else:
-        grad_input, grad_weight = _dense(
-            grad, input, kept_weight, geometry, groups, needs_input, needs_weight
-        )
-    if grad_weight is not None:
-        grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+        kept_weight = weight.index_select(0, kept)
+        if pointwise.applies(input, weight, geometry.padding, groups):
+            grad_input, grad_weight = pointwise.gradients(
+                grad, input, kept_weight, geometry.stride, *wanted
+            )
+        else:
+            grad_input, grad_weight = _dense(grad, input, kept_weight, geometry, groups, wanted)
+        if grad_weight is not None:
+            grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
     if needs_bias:
         grad_bias = grad.new_zeros(out_channels).index_copy_(0, kept, grad.sum(summed))
     return grad_input, grad_weight, grad_bias
+
+
+def _depthwise(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    kept: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """One output channel per group: a dropped channel drops its group, whose input is not read either."""
+    per_group = input.shape[1] // geometry.groups
+    kept_in = kept
+    if per_group > 1:
+        within = torch.arange(per_group, device=kept.device)
+        kept_in = (kept[:, None] * per_group + within).flatten()
+    rows = kept_in if geometry.transposed else kept
+    grad_input, grad_weight = _dense(
+        grad, input.index_select(1, kept_in), weight.index_select(0, rows), geometry, len(kept), wanted
+    )
+    if grad_input is not None:
+        grad_input = torch.zeros_like(input).index_copy_(1, kept_in, grad_input)
+    if grad_weight is not None:
+        grad_weight = torch.zeros_like(weight).index_copy_(0, rows, grad_weight)
+    return grad_input, grad_weight
+
+
+def _transposed(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    kept: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight [C_in, C_out/groups, *kernel]: every group keeps its own columns."""
+    groups = geometry.groups
+    # [groups, C_in/groups, C_out/groups, *kernel]
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    columns = (kept.view(groups, -1) % weight.shape[1])[:, None, :]
+    columns = columns.reshape(*columns.shape, *(1 for _ in weight.shape[2:]))
+    columns = columns.expand(-1, grouped.shape[1], -1, *weight.shape[2:])
+    taken = grouped.gather(2, columns)
+    grad_input, grad_weight = _dense(grad, input, taken.flatten(0, 1), geometry, groups, wanted)
+    if grad_weight is not None:
+        kept_grad = grad_weight.reshape(taken.shape)
+        spread = torch.zeros_like(grouped).scatter_(2, columns, kept_grad)
+        grad_weight = spread.flatten(0, 1)
+    return grad_input, grad_weight
 
 
 def _dense(
@@ -119,24 +161,12 @@ def _dense(
     weight: Tensor,
     geometry: Geometry,
     groups: int,
-    needs_input: bool,
-    needs_weight: bool,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input and grad_weight by the ordinary kernel."""
-    if not (needs_input or needs_weight):
+    if not any(wanted):
         return None, None
-    stride, padding, dilation, _ = geometry
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [needs_input, needs_weight, False],
+        grad_output, input, weight, None, *geometry.arguments(groups), [*wanted, False]
     )
     return grad_input, grad_weight

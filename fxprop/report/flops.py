@@ -1,20 +1,28 @@
 """Plan to numbers: the backward FLOPs of every layer. One multiply-add is 2 FLOPs.
 
-All formulas are for a layer whose output has `numel` entries and whose weight has `fan_in` multiply-adds
-for each: a dense gradient costs 2 * numel * fan_in, for grad_input and for grad_weight alike.
+A layer whose forward has `multiply_adds` costs twice that many FLOPs for grad_input and the same again for
+grad_weight; with k of n kept, k/n of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from fxprop.frontends.shapes import Run
+from fxprop.frontends.record import Run
 from fxprop.plan import Decision, Plan, Sparsity
 from fxprop.report.report import Gradients, Layer, Report
 
 
 def make_report(
-    plan: Plan, run: Run | None, *, model: str, frontend: str, mode: str, note: str = ""
+    plan: Plan,
+    run: Run | None,
+    *,
+    model: str,
+    frontend: str,
+    mode: str,
+    note: str = "",
+    untraced: Mapping[str, str] | None = None,
 ) -> Report:
     """The report on `plan`; without a `run` the numbers that need shapes are None."""
     layers = tuple(_layer(decision, counted=run is not None) for decision in plan.decisions)
@@ -22,7 +30,15 @@ def make_report(
     if run is not None:
         # whatever the run's backward did beyond the listed layers: attention products, skipped layers
         other = run.backward_flops - sum(layer.dense.total for layer in layers if layer.dense)
-    return Report(model=model, frontend=frontend, mode=mode, layers=layers, other=other, note=note)
+    return Report(
+        model=model,
+        frontend=frontend,
+        mode=mode,
+        layers=layers,
+        other=other,
+        note=note,
+        untraced=tuple((untraced or {}).items()),
+    )
 
 
 def _layer(decision: Decision, counted: bool) -> Layer:
@@ -42,23 +58,26 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         k=sparsity.k if sparsity else None,
         n=sparsity.n if sparsity else None,
         source=site.source,
+        graph=site.graph,
     )
     if not counted:
         return layer
-    if decision.status == "skipped" or site.output_shape is None or site.weight_shape is None:
+    known = site.multiply_adds is not None and site.output_shape is not None
+    if decision.status == "skipped" or not known:
         return layer.with_counts(0, _NOTHING, _NOTHING, _NOTHING, 0)
+    assert site.multiply_adds is not None
+    assert site.output_shape is not None
+    assert site.out_channels is not None
 
-    numel = math.prod(site.output_shape)
-    fan_in = math.prod(site.weight_shape[1:])  # C_in/groups * kernel, or in_features
-    forward = 2 * numel * fan_in
+    forward = 2 * site.multiply_adds
     needs = (site.needs_grad_input, site.needs_grad_weight)
     dense = _gradients(forward, needs)
     if sparsity is None:
         return layer.with_counts(forward, dense, dense, dense, 0)
-    sparse = _gradients(2 * _kept_entries(numel, sparsity) * fan_in, needs)
+    sparse = _gradients(forward * sparsity.k // sparsity.n, needs)
     # element selection masks grad_output and runs the dense kernels
     executed = sparse if sparsity.select == "channel" else dense
-    select_ops = _select_ops(numel, site.weight_shape[0], sparsity) if any(needs) else 0
+    select_ops = _select_ops(math.prod(site.output_shape), site.out_channels, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
 
 
@@ -67,11 +86,6 @@ def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
 
 
 _NOTHING = Gradients(0, 0)
-
-
-def _kept_entries(numel: int, sparsity: Sparsity) -> int:
-    """Entries of grad_output that survive: n divides numel for every selection."""
-    return numel // sparsity.n * sparsity.k
 
 
 def _select_ops(numel: int, out_channels: int, sparsity: Sparsity) -> int:

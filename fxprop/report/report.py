@@ -50,6 +50,8 @@ class Layer:
     k: int | None
     n: int | None
     source: str | None
+    # qualified name of the module whose graph or code it is in; "" is the model itself
+    graph: str = ""
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -91,6 +93,7 @@ class Layer:
             "reason": self.reason,
             "decided_by": self.decided_by,
             "source": self.source,
+            "graph": self.graph,
             "input_shape": _as_list(self.input_shape),
             "weight_shape": _as_list(self.weight_shape),
             "output_shape": _as_list(self.output_shape),
@@ -147,6 +150,8 @@ class Report:
     layers: tuple[Layer, ...]
     other: int | None
     note: str = ""
+    # modules that are not in a graph but run as written, and why
+    untraced: tuple[tuple[str, str], ...] = ()
 
     @property
     def totals(self) -> Totals:
@@ -179,6 +184,7 @@ class Report:
             "flops_per_multiply_add": 2,
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": vars(self.totals),
+            "untraced": [{"name": name, "reason": reason} for name, reason in self.untraced],
         }
 
     def to_json(self) -> str:

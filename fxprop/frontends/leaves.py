@@ -1,0 +1,76 @@
+"""What module classes are to fxprop: those with a sparse operator, and those known to stay dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+_CONV = ("stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
+
+# Module classes with a sparse operator, and the attributes that are its constants. `_SAFE_METHODS` must be
+# the class's own for the rewrite to know what the module computes.
+SITE_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.Conv1d: ("conv1d", _CONV),
+    nn.Conv2d: ("conv2d", _CONV),
+    nn.Conv3d: ("conv3d", _CONV),
+    nn.ConvTranspose1d: ("conv_transpose1d", _CONV_TRANSPOSE),
+    nn.ConvTranspose2d: ("conv_transpose2d", _CONV_TRANSPOSE),
+    nn.ConvTranspose3d: ("conv_transpose3d", _CONV_TRANSPOSE),
+    nn.Linear: ("linear", ()),
+}
+_SAFE_METHODS = ("forward", "_conv_forward", "__call__")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# why modules that hold matrices stay as they are
+DENSE_MODULES: dict[type[nn.Module], str] = {
+    nn.Embedding: "a lookup without multiply-adds: nothing to save",
+    nn.EmbeddingBag: "a lookup without multiply-adds: nothing to save",
+    nn.RNNBase: "a recurrent layer is one fused kernel; its FLOPs are in `other`",
+    nn.RNNCellBase: "a recurrent cell is one fused kernel; its FLOPs are in `other`",
+    nn.Bilinear: "bilinear has no sparse operator; its FLOPs are in `other`",
+}
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether a call of `module` can be read as a site as it stands."""
+    return isinstance(module, tuple(SITE_MODULES)) and unsafe(module) is None
+
+
+def unsafe(module: nn.Module) -> str | None:
+    """Why `module` may compute something else than its class says; None if it does not."""
+    cls = type(module)
+    base = next(c for c in SITE_MODULES if isinstance(module, c))
+    for method in _SAFE_METHODS:
+        here = getattr(cls, method, None)
+        if here is not getattr(base, method, None) or method in vars(module):
+            return f"{cls.__name__} overrides {method} of nn.{base.__name__}"
+    hooks = [kind for kind in _HOOKS if getattr(module, kind, None)]
+    if hooks:
+        kinds = ", ".join(kind.strip("_") for kind in hooks)
+        return (
+            f"the module has {kinds}, which a function call would not run "
+            "(weight_norm and spectral_norm: use torch.nn.utils.parametrizations)"
+        )
+    if any(is_lazy(p) for p in vars(module)["_parameters"].values() if p is not None):
+        return "a lazy module without parameters yet: run the model once on real inputs first"
+    return None
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether `module` is of a class that is known to stay dense."""
+    return isinstance(module, tuple(DENSE_MODULES))
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    """Whether something in `module` could be multiplied by."""
+    return any(p.dim() >= 2 or is_lazy(p) for p in module.parameters())
+
+
+def is_users(function: Any) -> bool:
+    """Whether a function comes from outside torch and Python, as those marked with torch.fx.wrap do."""
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    known = ("", "torch", "_operator", "operator", "builtins", "math", "collections", "fxprop")
+    return package not in known

@@ -1,0 +1,120 @@
+"""What one run of a model showed: shapes, who needs a gradient, FLOPs, and how autograd connects it all.
+
+Plain records, filled by `shapes.py` and read by the matching of sites. They hold no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fxprop.ops.table import Product
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor that may never have been computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    # whether the backward of the model as it is (with what is frozen) needs its gradient
+    requires_grad: bool
+
+
+def tensor_info(tensor: torch.Tensor) -> TensorInfo:
+    """The record of `tensor`."""
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+@dataclass
+class GraphCall:
+    """One call of one graph. Keys are node names."""
+
+    outputs: dict[str, TensorInfo] = field(default_factory=dict)
+    # of call_module nodes: the module's weight
+    weights: dict[str, TensorInfo] = field(default_factory=dict)
+    # the nodes whose output a gradient arrives at
+    reached: set[str] = field(default_factory=set)
+    # the autograd function (a number in `Autograd`) that made a node's output
+    functions: dict[str, int] = field(default_factory=dict)
+    # when a node ran, counted over the whole run
+    order: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class ProductCall:
+    """One product with a parameter in code that has no graph."""
+
+    # qualified name of the module whose code calls it, and of the parameter
+    module: str
+    parameter: str
+    # operands are TensorInfo
+    product: Product
+    output: TensorInfo
+    order: int
+    function: int | None
+    source: str | None
+    reached: bool = False
+
+
+@dataclass
+class Run:
+    """What one run of a model showed."""
+
+    # by qualified name of the traced module
+    calls: dict[str, list[GraphCall]] = field(default_factory=dict)
+    products: list[ProductCall] = field(default_factory=list)
+    # modules kept as one call, and when each was called first
+    opaque: dict[str, int] = field(default_factory=dict)
+    autograd: Autograd = field(default_factory=lambda: Autograd({}))
+    forward_flops: int = 0
+    backward_flops: int = 0
+    # whether it ran on real data, because the model reads values
+    real: bool = False
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """The functions of an autograd graph as numbers, each with those its gradient flows to."""
+
+    next: Mapping[int, tuple[int, ...]]
+
+    def positions(self, sites: Collection[int]) -> tuple[set[int], set[int]]:
+        """(first, output): the sites with no other site upstream, and with none downstream."""
+        at = set(sites)
+        order = self._upstream_first()
+        above: set[int] = set()  # functions with a site upstream of them
+        for function in order:
+            if any(n in above or n in at for n in self.next.get(function, ())):
+                above.add(function)
+        below: set[int] = set()  # functions with a site downstream of them
+        for function in reversed(order):
+            if function in below or function in at:
+                below.update(self.next.get(function, ()))
+        return at - above, at - below
+
+    def requiring(self, leaves: Collection[int]) -> set[int]:
+        """The functions that a gradient to one of `leaves` passes."""
+        found = set(leaves)
+        for function in self._upstream_first():
+            if any(n in found for n in self.next.get(function, ())):
+                found.add(function)
+        return found
+
+    def _upstream_first(self) -> list[int]:
+        """Every function after all that its gradient flows to."""
+        order: list[int] = []
+        seen: set[int] = set()
+        for root in self.next:
+            stack = [(root, False)]
+            while stack:
+                function, done = stack.pop()
+                if done:
+                    order.append(function)
+                elif function not in seen:
+                    seen.add(function)
+                    stack.append((function, True))
+                    stack.extend((n, False) for n in self.next.get(function, ()) if n not in seen)
+        return order

@@ -1,0 +1,82 @@
+"""Watching a model run: which of its modules is at work, and the products with parameters that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprop.frontends.fakes import Twin
+from fxprop.ops.calls import ProductMode
+from fxprop.ops.table import Product
+
+_TORCH = Path(torch.__file__).parent
+_HERE = Path(__file__).parent.parent
+
+# (module at work, parameter, product, result, source line)
+OnProduct = Callable[[str, str, Product, Any, str | None], None]
+OnCall = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+class Watch:
+    """Hooks on every module of a twin, and a mode that sees products."""
+
+    def __init__(self, twin: Twin, on_call: OnCall, on_product: OnProduct) -> None:
+        self._twin = twin
+        self._on_call, self._on_product = on_call, on_product
+        self._at: list[str] = []
+        # inside a graph that is being recorded node by node
+        self.muted = 0
+
+    @property
+    def at(self) -> str | None:
+        """The innermost module whose forward is running."""
+        return self._at[-1] if self._at else None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for as long as the context lasts."""
+        handles = []
+        for module in self._twin.root.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            handles += [
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+        parameters = dict(self._twin.root.named_parameters())
+        try:
+            with ProductMode(parameters, self._product):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self._twin.names[id(module)]
+        self._at.append(name)
+        if not self.muted:
+            self._on_call(name, module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._at.pop()
+
+    def _product(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
+        result = dense()
+        if not self.muted and self.at is not None:
+            self._on_product(self.at, name, product, result, _users_line())
+        return result
+
+
+def _users_line() -> str | None:
+    """The innermost line that is neither torch's nor ours."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if _TORCH not in path.parents and _HERE not in path.parents:
+            return f"{frame.filename}:{frame.lineno}"
+    return None

@@ -1,0 +1,127 @@
+"""Products in code that has no graph: to sites, and to modules that replace them as they are called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fxprop.errors import ModelError
+from fxprop.frontends.record import ProductCall, TensorInfo
+from fxprop.graph.functions import type_names
+from fxprop.ops.calls import ProductPlan, SparseProducts
+from fxprop.ops.sizes import sizes
+from fxprop.plan import CALL, Site
+
+
+def product_site(root: nn.Module, call: ProductCall) -> Site:
+    """The site of a product with a parameter that a module's own code computes."""
+    product, weight = call.product, call.product.weight
+    assert isinstance(weight, TensorInfo)
+    owner_path, _, attribute = call.parameter.rpartition(".")
+    site = Site(
+        name=call.parameter.removesuffix(".weight"),
+        op=product.op,
+        node=CALL + call.parameter,
+        graph=call.module,
+        types=type_names(root.get_submodule(owner_path)) if attribute == "weight" else (),
+        source=call.source,
+    )
+    inside = not call.module or call.parameter.startswith(f"{call.module}.")
+    found = sizes(product.op, product.input.shape, weight.shape, call.output.shape, product.constants)
+    skip = found if isinstance(found, str) else None
+    if not inside:
+        skip = f"the code of {call.module!r} uses it, which does not hold it"
+    if isinstance(found, str) or skip is not None:
+        return replace(site, skip=skip)
+    return replace(
+        site,
+        groups=found.groups,
+        out_channels=found.out_channels,
+        multiply_adds=found.multiply_adds,
+        input_shape=product.input.shape,
+        weight_shape=weight.shape,
+        output_shape=call.output.shape,
+        is_complex=weight.dtype.is_complex or product.input.dtype.is_complex,
+        needs_grad_input=call.reached and product.input.requires_grad,
+        needs_grad_weight=call.reached and weight.requires_grad,
+    )
+
+
+def parameter_of(site: Site) -> str:
+    """The parameter of such a site, named as in the module whose code uses it."""
+    return site.node.removeprefix(CALL).removeprefix(f"{site.graph}." if site.graph else "")
+
+
+class SparseCode(nn.Module):
+    """A module whose own code runs as written, with some of its products in their sparse form.
+
+    Mixed into the class of the module it is installed on.
+    """
+
+    _sparse: ProductPlan
+    _dense_class: type[nn.Module]
+    # a forward that was put on the instance, which would hide the class's
+    _own_forward: Callable[..., Any] | None
+
+    @staticmethod
+    def install(module: nn.Module, plan: ProductPlan) -> None:
+        """Make the products of `module`'s code with the parameters in `plan` sparse."""
+        if isinstance(module, SparseCode):
+            raise ModelError(f"{type(module).__name__} was already transformed by fxprop")
+        module.__dict__["_sparse"] = plan
+        module.__dict__["_dense_class"] = type(module)
+        module.__dict__["_own_forward"] = module.__dict__.pop("forward", None)
+        module.__class__ = _class_for(type(module))
+
+    def uninstall(self) -> None:
+        """Be an ordinary module again."""
+        del self.__dict__["_sparse"]
+        own_forward = self.__dict__.pop("_own_forward")
+        if own_forward is not None:
+            self.__dict__["forward"] = own_forward
+        self.__class__ = self.__dict__.pop("_dense_class")
+
+    def sparse_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's forward, with the products of the plan replaced."""
+        parameters = {name: self.get_parameter(name) for name in self._sparse}
+        with SparseProducts(parameters, self._sparse):
+            if self._own_forward is not None:
+                return self._own_forward(*args, **kwargs)
+            return self._dense_class.forward(self, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The parameters whose products are sparse, with what is kept."""
+        kept = ", ".join(
+            f"{name}: {s.k}/{s.n} {s.select}" for name, of in self._sparse.items() for s in of.values()
+        )
+        own = self._dense_class.extra_repr(self)
+        return ", ".join(filter(None, (own, f"sparse products: {kept}")))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {
+            k: v for k, v in vars(self).items() if k not in ("_sparse", "_dense_class", "_own_forward")
+        }
+        if self._own_forward is not None:
+            state["forward"] = self._own_forward
+        return _rebuild, (self._dense_class, state, self._sparse)
+
+
+def _class_for(base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with a sparse forward, of the same signature and under the same name."""
+
+    @functools.wraps(base.forward)
+    def forward(self: SparseCode, *args: Any, **kwargs: Any) -> Any:
+        return self.sparse_forward(*args, **kwargs)
+
+    return type(base.__name__, (SparseCode, base), {"forward": forward, "__module__": base.__module__})
+
+
+def _rebuild(base: type[nn.Module], state: Mapping[str, Any], plan: ProductPlan) -> nn.Module:
+    module = base.__new__(base)
+    module.__dict__.update(state)
+    SparseCode.install(module, plan)
+    return module

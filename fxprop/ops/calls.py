@@ -1,0 +1,119 @@
+"""Products with a parameter in code that has no graph: seen, and replaced, as they are called.
+
+A `TorchFunctionMode` sees every function of torch that Python calls. It follows which tensors are
+parameters or computed from parameters alone, so that `F.linear(x, self.w[expert])` is known for what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fxprop.ops.common import Keep
+from fxprop.ops.sizes import sizes
+from fxprop.ops.table import OPERATORS, Product, arguments, read, takes_bias
+from fxprop.plan import Sparsity
+
+# (name of the parameter, the product, how to compute it as it stands) -> its result
+OnProduct = Callable[[str, Product, Callable[[], Any]], Any]
+
+
+class ProductMode(TorchFunctionMode):
+    """Calls `on_product` in place of every product with one of `parameters` (name -> tensor)."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], on_product: OnProduct) -> None:
+        super().__init__()
+        self._on_product = on_product
+        # by id; the tensor itself is kept, so that an id cannot be reused
+        self._known: dict[int, tuple[str, Tensor]] = {id(t): (n, t) for n, t in parameters.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        product = read(func, args, kwargs, self._is_known)
+        if product is not None and self._is_known(product.weight):
+            name = self._known[id(product.weight)][0]
+            return self._on_product(name, product, lambda: func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        self._follow(args, kwargs, result)
+        return result
+
+    def _is_known(self, value: Any) -> bool:
+        return id(value) in self._known
+
+    def _follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """A result of known tensors alone is known too."""
+        origin: tuple[str, Tensor] | None = None
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if not isinstance(tensor, Tensor):
+                    continue
+                known = self._known.get(id(tensor))
+                if known is None:
+                    # an index is not what a weight is computed from
+                    if tensor.is_floating_point():
+                        return
+                elif origin is None or known[1].dim() > origin[1].dim():
+                    origin = known
+        if origin is None:
+            return
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self._known[id(tensor)] = (origin[0], tensor)
+
+
+# parameter -> what is kept of it, by how many features there are to choose from
+ProductPlan = Mapping[str, Mapping[int, Sparsity]]
+
+
+class SparseProducts(ProductMode):
+    """Runs the products with some parameters by their sparse operators.
+
+    >>> with SparseProducts({"w": w}, {"w": {512: Sparsity(k=25, n=512, ...)}}):
+    ...     y = F.linear(x, w)
+
+    A product with a number of features that the plan does not know (another part of the weight) keeps
+    the same share.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], plan: ProductPlan) -> None:
+        super().__init__(parameters, self._run)
+        self._plan = plan
+
+    def _run(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
+        shapes = (tuple(product.input.shape), tuple(product.weight.shape))
+        found = sizes(product.op, *shapes, None, product.constants)
+        if isinstance(found, str) or product.weight.is_complex():
+            return dense()
+        n = found.out_channels
+        if not (product.op.startswith("conv") and found.groups == n):
+            n //= found.groups
+        known = self._plan[name]
+        sparsity = known.get(n) or next(iter(known.values()))
+        k = sparsity.k
+        if n != sparsity.n and sparsity.select == "channel":
+            k = max(1, int(k * n / sparsity.n + 0.5))
+        args, kwargs = arguments(product)
+        keep = Keep(k, sparsity.select, sparsity.score, sparsity.bias)
+        return OPERATORS[product.op](*args, **kwargs, **keep.arguments(takes_bias(product.op)))
+
+
+def described(product: Product, describe: Callable[[Tensor], Any]) -> Product:
+    """`product` with a record in place of each tensor."""
+
+    def convert(value: Any) -> Any:
+        return describe(value) if isinstance(value, torch.Tensor) else value
+
+    return replace(
+        product,
+        input=convert(product.input),
+        weight=convert(product.weight),
+        bias=convert(product.bias),
+        constants={name: convert(value) for name, value in product.constants.items()},
+    )

@@ -1,0 +1,129 @@
+"""The sparse grouped product: `torch.nn.functional.grouped_mm`, a mixture of experts' linear layers.
+
+Layouts: mat_a [rows, in_features] with the rows of one expert together, mat_b [experts, in_features,
+out_features], offs [experts] the end of each expert's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fxprop.errors import OpError
+from fxprop.ops.common import Keep, check_keep, needs_backward, public, refuse_double_backward
+from fxprop.ops.select import mask_elements
+from fxprop.plan import Select
+
+# the kernels want rows that start at multiples of 16 bytes
+_ALIGNMENT = 16
+
+
+class _SparseGroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(mat_a: Tensor, mat_b: Tensor, offs: Tensor, keep: Keep) -> Tensor:
+        return F.grouped_mm(mat_a, mat_b, offs=offs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        mat_a, mat_b, offs, ctx.keep = inputs
+        ctx.save_for_backward(mat_a, mat_b, offs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        mat_a, mat_b, offs = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _backward(grad_output, mat_a, mat_b, offs, ctx.keep, ctx.needs_input_grad)
+        return (*refuse_double_backward(grads), None, None)
+
+
+def _backward(
+    grad_output: Tensor, mat_a: Tensor, mat_b: Tensor, offs: Tensor, keep: Keep, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    grad = grad_output.contiguous()
+    experts = len(mat_b)
+    rows = torch.arange(len(grad), device=grad.device, dtype=offs.dtype)
+    expert = torch.searchsorted(offs, rows, right=True)  # of each row; `experts` past the last offset
+    index = None
+    kept_weight = mat_b
+    if keep.select == "element":
+        grad = mask_elements(grad, keep.k, keep.score)
+    else:
+        scores = _scores(grad, expert, experts, keep.score)
+        kept = scores.topk(keep.k, dim=1).indices  # [experts, k]
+        grad = _pad(grad.gather(1, kept[expert.clamp(max=experts - 1)]))
+        index = kept[:, None, :].expand(-1, mat_b.shape[1], -1)
+        kept_weight = _pad(mat_b.gather(2, index))
+    grad_a = grad_b = None
+    if needs[0]:
+        grad_a = F.grouped_mm(grad, kept_weight.transpose(1, 2), offs=offs)
+    if needs[1]:
+        grad_b = F.grouped_mm(mat_a.t(), grad, offs=offs)  # [experts, in_features, k]
+        if index is not None:
+            grad_b = torch.zeros_like(mat_b).scatter_(2, index, grad_b[..., : keep.k])
+    return grad_a, grad_b
+
+
+def _scores(grad: Tensor, expert: Tensor, experts: int, score: str) -> Tensor:
+    """[experts, out_features]: each expert's norms over its own rows, in float32 for half types."""
+    dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    if score == "random":
+        return torch.rand(experts, grad.shape[1], device=grad.device)
+    powers = grad.to(dtype).abs() if score == "l1" else grad.to(dtype).square()
+    # one more for rows past the last offset, which belong to no expert
+    sums = powers.new_zeros(experts + 1, grad.shape[1]).index_add_(0, expert, powers)
+    return sums[:experts]  # the root of l2 would not change the order
+
+
+def _pad(tensor: Tensor) -> Tensor:
+    """`tensor` with its last dimension filled up with zeros to the alignment."""
+    width = _ALIGNMENT // tensor.element_size()
+    return F.pad(tensor, (0, -tensor.shape[-1] % width))
+
+
+@public
+def grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor,
+    k: int,
+    select: Select = "channel",
+    score: str = "l1",
+) -> Tensor:
+    """`torch.nn.functional.grouped_mm` whose backward uses only the top-k part of grad_output.
+
+    >>> y = fxprop.ops.grouped_mm(x, w, offs=offs, k=25)     # 25 of each expert's w.shape[2] features
+
+    Args:
+        mat_a: [rows, in_features], the rows of one expert together.
+        mat_b: [experts, in_features, out_features], the weight.
+        offs: int32 [experts], the end of each expert's rows.
+        k, select: "channel" keeps k output features of each expert, scored over its own rows.
+        score: "l1", "l2" or "random".
+
+    The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
+    double backward.
+    """
+    keep = Keep(k, select, score, "full")
+    tensors = (mat_a, mat_b, offs)
+    if has_torch_function(tensors):
+        traced: Tensor = handle_torch_function(
+            grouped_mm, tensors, mat_a, mat_b, offs=offs, **keep.arguments()
+        )
+        return traced
+    check_keep("grouped_mm", keep, mat_b)
+    if mat_a.dim() != 2 or mat_b.dim() != 3:
+        raise OpError(
+            f"grouped_mm of {list(mat_a.shape)} and {list(mat_b.shape)}: expected [rows, in_features] "
+            "and [experts, in_features, out_features]; use the dense operator"
+        )
+    if score not in ("l1", "l2", "random"):
+        raise OpError(f"grouped_mm: score={score!r}: expected l1, l2 or random")
+    if k >= mat_b.shape[2] or not needs_backward(mat_a, mat_b):
+        return F.grouped_mm(mat_a, mat_b, offs=offs)
+    output: Tensor = _SparseGroupedMM.apply(mat_a, mat_b, offs, keep)
+    return output
