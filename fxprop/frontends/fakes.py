@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +77,12 @@ class Twin:
 
     def _of_input(self, value: Any) -> Any:
         def convert(leaf: Any) -> Any:
+            if isinstance(leaf, torch.SymInt):
+                return _hints([leaf])[0]
             if not isinstance(leaf, torch.Tensor):
                 return leaf
+            if isinstance(leaf, nn.Parameter):
+                return self._of_model(leaf)  # of a captured graph, whose parameters are inputs
             follow = leaf.is_meta or self._follow_model
             twin = self._copy(leaf, self.device if follow else leaf.device, own=True)
             if leaf.requires_grad:
@@ -92,7 +96,13 @@ class Twin:
             shared = isinstance(tensor, nn.Parameter) and not own
             return tensor.detach() if shared else tensor.detach().clone()
         with self.mode:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+            size, stride = _hints(tensor.size()), _hints(tensor.stride())
+            return torch.empty_strided(size, stride, dtype=tensor.dtype, device=device)
+
+
+def _hints(sizes: Sequence[Any]) -> list[int]:
+    # a size that is free has the value it was seen with; int() would fix it for the graph
+    return [s if isinstance(s, int) else int(s.node.hint) for s in sizes]
 
 
 def has_values(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -47,10 +47,16 @@ class GraphRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # keyed by placeholder: fx's own argument handling would drop keyword-only names
         nodes = [node for node in self._graph.nodes if node.op == "placeholder"]
-        codegen = self._graph._codegen
+        # exported graphs take their inputs flattened; fx keeps how in its code generator
+        codegen: Any = self._graph._codegen
         is_pytree = isinstance(codegen, fx.graph._PyTreeCodeGen)
-        flat = codegen.process_inputs(*args, **kwargs) if is_pytree and not kwargs else None
-        values = list(flat) if flat is not None else bind_placeholders(nodes, args, kwargs)
+        if is_pytree:
+            spec = codegen.pytree_info.in_spec
+            of_both = len(spec.children()) == 2 and spec.child(1).type is dict
+            given = (args, dict(kwargs)) if of_both else args
+            values = list(fx._pytree.tree_flatten_spec(given, spec))
+        else:
+            values = bind_placeholders(nodes, args, kwargs)
         call = self._recording.new_call(self._path)
         interpreter = _Interpreter(self._module, self._graph, self._recording, call, self._path)
         environment = dict(zip(nodes, values, strict=True))

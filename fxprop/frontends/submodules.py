@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends.attention import TraceableAttention, is_attention
+from fxprop.frontends.export import trace_exported
 from fxprop.frontends.fakes import Twin, has_values
 from fxprop.frontends.leaves import holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import Graphs, TracedModule
@@ -64,6 +65,8 @@ def trace_model(
     `frontend` is "auto", "symbolic" or "submodules"; `inputs` are (args, kwargs). Raises TraceError where
     a whole graph was asked for, or there are no inputs to see a run with, and torch.fx cannot trace it.
     """
+    if frontend == "export":
+        return trace_exported(model, inputs)
     given = bind_arguments(model, *inputs) if inputs is not None else {}
     descent = _Descent(model, inputs, leaf_modules)
     if frontend != "submodules":
@@ -116,9 +119,10 @@ class _Descent:
         if path and why:
             raise TraceError(why)  # a part has to follow the model into either mode
         self._graphs[path] = (graphs, why)
-        for target in _opaque_targets(module, graphs):
-            name = ".".join(filter(None, (path, target)))
-            self.visit(name, module.get_submodule(target), whole=target not in leaves)
+        for target in _called(graphs):
+            name, leaf = ".".join(filter(None, (path, target))), module.get_submodule(target)
+            if not is_readable(leaf) or self._is_users_leaf(name, leaf):
+                self.visit(name, leaf, whole=target not in leaves)
 
     def visit(self, path: str, module: nn.Module, *, whole: bool = True) -> None:
         """Find graphs in `module`, as a whole if `whole` and possible."""
@@ -225,13 +229,10 @@ def _takes_matrix(module: nn.Module, node: fx.Node) -> bool:
     return False
 
 
-def _opaque_targets(module: nn.Module, graphs: Graphs) -> list[str]:
-    """The modules that the graphs call and that hold matrices which cannot be read off the call."""
-    targets = dict.fromkeys(
-        str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module"
-    )
-    called = ((target, module.get_submodule(target)) for target in targets)
-    return [target for target, leaf in called if holds_matrices(leaf) and not is_readable(leaf)]
+def _called(graphs: Graphs) -> list[str]:
+    """The modules that the graphs call."""
+    nodes = (node for graph in graphs.values() for node in graph.nodes)
+    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:

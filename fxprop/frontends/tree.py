@@ -37,7 +37,7 @@ class _Copier:
 
     def module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._done:
-            generated = type(module).__qualname__ == "GraphModuleImpl"
+            generated = type(module).__qualname__.rpartition(".")[2] == "GraphModuleImpl"
             twin: Any = object.__new__(_class_of_its_own(type(module)) if generated else type(module))
             self._remember(module, twin)
             twin.__dict__.update({key: self.value(v) for key, v in vars(module).items()})

@@ -27,7 +27,7 @@ def product_site(root: nn.Module, call: ProductCall) -> Site:
         op=product.op,
         node=CALL + call.parameter,
         graph=call.module,
-        types=type_names(root.get_submodule(owner_path)) if attribute == "weight" else (),
+        types=type_names(type(root.get_submodule(owner_path))) if attribute == "weight" else (),
         source=call.source,
     )
     inside = not call.module or call.parameter.startswith(f"{call.module}.")
@@ -102,9 +102,8 @@ class SparseCode(nn.Module):
         return ", ".join(filter(None, (own, f"sparse products: {kept}")))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {
-            k: v for k, v in vars(self).items() if k not in ("_sparse", "_dense_class", "_own_forward")
-        }
+        own = ("_sparse", "_dense_class", "_own_forward")
+        state = {key: value for key, value in vars(self).items() if key not in own}
         if self._own_forward is not None:
             state["forward"] = self._own_forward
         return _rebuild, (self._dense_class, state, self._sparse)

@@ -23,6 +23,10 @@ _PRODUCTS = {
 }
 
 
+# nn.MultiheadAttention's own parameters: its layers are called attn.in_proj and so on
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
 def read_call(context: Context, node: fx.Node) -> Site | None:
     """The site at a call_function or call_method node, or None if it multiplies by no weight."""
     target: Any = node.target
@@ -46,7 +50,7 @@ def read_product(context: Context, node: fx.Node, product: table.Product) -> Sit
         op=product.op,
         node=node.name,
         graph=context.path,
-        types=() if parameter is None else _types(context, parameter),
+        types=() if parameter is None else _types(context, parameter, node),
         source=source_line(node),
     )
     if not isinstance(product.input, fx.Node) or not isinstance(weight, fx.Node):
@@ -76,35 +80,25 @@ def _site_name(context: Context, parameter: str) -> str:
     name = context.name(parameter)
     if name.endswith(".weight"):
         return name.removesuffix(".weight")
-    if _is_of_attention(context, parameter):
-        return name.removesuffix("_weight")
-    return name
+    path, dot, own = name.rpartition(".")
+    return path + dot + (own.removesuffix("_weight") if own in _ATTENTION_WEIGHTS else own)
 
 
-def _owner_of(context: Context, parameter: str) -> nn.Module | None:
-    if context.parameters:
-        return None  # the parameters of a captured graph are its inputs; their modules are not at hand
-    return context.module.get_submodule(parameter.rpartition(".")[0])
-
-
-def _is_of_attention(context: Context, parameter: str) -> bool:
-    owner = _owner_of(context, parameter)
-    if owner is None:
-        return parameter.endswith("in_proj_weight")
-    return isinstance(owner, nn.MultiheadAttention)
-
-
-def _types(context: Context, parameter: str) -> tuple[str, ...]:
+def _types(context: Context, parameter: str, node: fx.Node) -> tuple[str, ...]:
     """The class of the module whose `weight` it is, and of its bases."""
-    owner = _owner_of(context, parameter)
-    if owner is None or parameter.rpartition(".")[2] != "weight":
+    path, _, own = parameter.rpartition(".")
+    if own != "weight":
         return ()
-    return type_names(owner)
+    if not context.parameters:
+        return type_names(type(context.module.get_submodule(path)))
+    # a captured graph has its modules in the metadata alone
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return type_names(stack[-1][1]) if stack and isinstance(stack[-1][1], type) else ()
 
 
-def type_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's class and of its bases up to nn.Module, without private ones."""
-    classes = [c for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+def type_names(module_class: type) -> tuple[str, ...]:
+    """Names of a module class and of its bases up to nn.Module, without private ones."""
+    classes = [c for c in module_class.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     generated = [c for c in classes if issubclass(c, fx.GraphModule) or c is fx.GraphModule]
     return tuple(c.__name__ for c in classes if c not in generated and not c.__name__.startswith("_"))
 

@@ -21,7 +21,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
         return None
     module = context.module.get_submodule(str(node.target))
     base = next((cls for cls in SITE_MODULES if isinstance(module, cls)), None)
-    if base is None:
+    if base is None or name in context.reasons:
         reason = context.reasons.get(name)
         return opaque_module(name, module, node.name, context.path, source_line(node), reason)
     op, attributes = SITE_MODULES[base]
@@ -30,7 +30,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
         op=op,
         node=node.name,
         graph=context.path,
-        types=type_names(module),
+        types=type_names(type(module)),
         source=source_line(node),
     )
     reason = unsafe(module) or _unusual_call(node)
@@ -90,5 +90,11 @@ def opaque_module(
     known = next((text for cls, text in DENSE_MODULES.items() if isinstance(module, cls)), None)
     reason = known or reason or f"{kind} is kept as one call; its FLOPs are in `other`"
     return Site(
-        name=name, op=kind, node=node, graph=graph, types=type_names(module), skip=reason, source=source
+        name=name,
+        op=kind,
+        node=node,
+        graph=graph,
+        types=type_names(type(module)),
+        skip=reason,
+        source=source,
     )
