@@ -5,8 +5,10 @@
 """
 
 from fxprop import ops
+from fxprop.backend import backend
 from fxprop.errors import FxpropError
 from fxprop.inspect import code_diff
+from fxprop.ops.table import register_site
 from fxprop.policy import Policy, Rule
 from fxprop.policy_files import load_policy
 from fxprop.report.report import Report
@@ -20,11 +22,13 @@ __all__ = [
     "Rule",
     "Transformed",
     "__version__",
+    "backend",
     "code_diff",
     "estimate",
     "layers",
     "load_policy",
     "ops",
+    "register_site",
     "restore",
     "transform",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprop.errors import InputError, ModelError
-from fxprop.frontends.dynamo import ends_in_break, trace_captured
+from fxprop.frontends.dynamo import trace_captured
 from fxprop.frontends.record import Run
 from fxprop.frontends.shapes import run_traced
 from fxprop.graph.match import find_sites
@@ -38,8 +37,8 @@ def backend(policy: PolicyLike, inner: Inner = "inductor", model: nn.Module | No
             "aot_eager", "eager"), or a callable (gm, example_inputs) -> callable.
         model: the model that is compiled, for the names of its parameters alone.
 
-    A graph that ends in a graph break has no output layers of its own: all its layers follow the
-    policy. Raises ModelError for an `inner` that is not known.
+    Where code is captured in several graphs, the last layers of each count as output layers, as what
+    follows is not known when a graph is compiled. Raises ModelError for an `inner` that is not known.
     """
     return Backend(policy, inner, model)
 
@@ -63,8 +62,6 @@ class Backend:
         except InputError:
             run = None  # then shapes and FLOPs stay unknown, and the graph is rewritten all the same
         sites = find_sites(traced, traced.training, run)
-        if ends_in_break(gm):
-            sites = tuple(replace(site, is_output=False) for site in sites)
         self._sites.extend(sites)
         plan = self._policy.resolve(sites)
         self.reports.append(

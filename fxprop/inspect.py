@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprop.errors import ModelError
 from fxprop.frontends.module import TracedModule
-from fxprop.graph.calls import SparseCode
+from fxprop.graph.rewrite import TRANSFORMED
 
 
 def code_diff(gm: nn.Module) -> str:
@@ -25,9 +25,10 @@ def code_diff(gm: nn.Module) -> str:
     Empty if nothing was rewritten. For the mode (train or eval) the module is in. Raises ModelError for
     a module that does not come from `fxprop.transform`.
     """
+    require_transformed(gm)
     parts = [
         _diff(path, module)
-        for path, module in require_transformed(gm).named_modules()
+        for path, module in gm.named_modules()
         if isinstance(module, TracedModule) and module.graphs_before is not None
     ]
     return "".join(parts)
@@ -58,10 +59,7 @@ def generated_code(gm: nn.Module) -> str:
 
 def require_transformed(gm: nn.Module) -> nn.Module:
     """`gm` itself, if it comes from `fxprop.transform`; ModelError otherwise."""
-    made = isinstance(gm, nn.Module) and any(
-        isinstance(m, SparseCode) or (isinstance(m, TracedModule) and m.graphs_before is not None)
-        for m in gm.modules()
-    )
+    made = isinstance(gm, nn.Module) and TRANSFORMED in vars(gm)
     if not made:
         raise ModelError(f"got {type(gm).__name__}: expected the module that fxprop.transform returned")
     return gm

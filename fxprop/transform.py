@@ -29,7 +29,7 @@ from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
 from fxprop.graph.calls import SparseCode
 from fxprop.graph.match import find_sites, with_positions_of
-from fxprop.graph.rewrite import rewrite_model
+from fxprop.graph.rewrite import TRANSFORMED, rewrite_model
 from fxprop.graph.verify import verify_state
 from fxprop.inspect import require_transformed
 from fxprop.plan import Plan, Site
@@ -135,11 +135,12 @@ def restore(gm: nn.Module) -> nn.Module:
     """
     require_transformed(gm)
     dense = copy_tree(gm)
-    for module in dense.modules():
+    for module in list(dense.modules()):
         if isinstance(module, SparseCode):
             module.uninstall()
         elif isinstance(module, TracedModule) and module.graphs_before is not None:
             module.replace_graphs(copy_graphs(module.graphs_before), None)
+    del dense.__dict__[TRANSFORMED]
     return dense
 
 

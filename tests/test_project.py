@@ -23,7 +23,7 @@ LAYERS = [
     ["graph"],
     ["report"],
     ["inspect", "checks"],
-    ["transform"],
+    ["transform", "backend"],
     ["model_sources"],
     ["cli"],
     ["__init__", "__main__"],

@@ -1,5 +1,7 @@
 """Which layers are found, what they are called, and why some are skipped."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -12,6 +12,9 @@ from fxprop.frontends.module import TracedModule
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
 
+# L['self'].blocks[0] is blocks.0
+_ROOT = re.compile(r"^\w\['\w+'\]")
+_INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 _STEP = re.compile(r"\._(?:modules|parameters)\['([^']+)'\]")
 
 
@@ -47,6 +50,10 @@ def _name_in_source(node: fx.Node) -> str | None:
     return ".".join(_STEP.findall(text)) or None
 
 
-def ends_in_break(captured: fx.GraphModule) -> bool:
-    """Whether the code goes on after the captured graph, so that its outputs are not the model's."""
-    return bool(getattr(getattr(captured, "compile_subgraph_reason", None), "graph_break", False))
+def module_in_stack(node: fx.Node) -> tuple[str, type[nn.Module]] | None:
+    """The path and class of the innermost module whose forward `node` is from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack or not isinstance(stack[-1][1], type):
+        return None
+    path = _INDEX.sub(r".\1", _ROOT.sub("", str(stack[-1][0]))).removeprefix(".")
+    return path.replace("_modules.", ""), stack[-1][1]

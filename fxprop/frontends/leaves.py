@@ -7,6 +7,11 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprop.ops.table import is_registered, registered_classes
+
+# in the metadata of a node that stands for the whole module whose graph it is in
+IS_MODULE = "fxprop_is_module"
+
 _CONV = ("stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
 
@@ -36,6 +41,8 @@ DENSE_MODULES: dict[type[nn.Module], str] = {
 
 def is_readable(module: nn.Module) -> bool:
     """Whether a call of `module` can be read as a site as it stands."""
+    if isinstance(module, registered_classes()):
+        return True
     return isinstance(module, tuple(SITE_MODULES)) and unsafe(module) is None
 
 
@@ -72,5 +79,7 @@ def holds_matrices(module: nn.Module) -> bool:
 def is_users(function: Any) -> bool:
     """Whether a function comes from outside torch and Python, as those marked with torch.fx.wrap do."""
     package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    if is_registered(function):
+        return False
     known = ("", "torch", "_operator", "operator", "builtins", "math", "collections", "fxprop")
     return package not in known

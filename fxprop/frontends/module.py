@@ -72,6 +72,12 @@ class TracedModule(fx.GraphModule):
         module._set(graphs, before, untraced)
         return module
 
+    def uninstall(self) -> None:
+        """Be an ordinary module of its class again; the inverse of `install`."""
+        self.__class__ = self._base  # type: ignore[assignment]
+        for key in (*_GRAPH_MODULE, *_OWN):
+            self.__dict__.pop(key, None)
+
     def _set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
         self._graphs = dict(graphs)
         self._before = None if before is None else dict(before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,19 @@ from fxprop.errors import InputError, TraceError
 from fxprop.frontends.attention import TraceableAttention, is_attention
 from fxprop.frontends.export import trace_exported
 from fxprop.frontends.fakes import Twin, has_values
-from fxprop.frontends.leaves import holds_matrices, is_dense, is_readable, is_users
+from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import Graphs, TracedModule
 from fxprop.frontends.symbolic import LeafModules, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
 from fxprop.frontends.watch import Watch
-from fxprop.ops.table import Product
+from fxprop.ops.table import (
+    Product,
+    arguments,
+    dense_function,
+    read_module,
+    registered_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,9 @@ class _Descent:
             part.__class__ = TraceableAttention
             assert isinstance(part, TraceableAttention)
             part.same = frozenset.intersection(*(call.same for call in calls))
+        elif isinstance(module, registered_classes()):
+            self._graphs[path] = (_as_product(module, calls), "")
+            return
         elif not all(call.plain for call in calls):
             if not is_readable(module) or not all(call.one_tensor for call in calls):
                 raise TraceError("it is called with arguments that a graph would have to fix")
@@ -206,6 +215,32 @@ class _Descent:
             products=products,
             opaque=self._opaque,
         )
+
+
+def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
+    """The graph of a module of a registered class: the dense operator that its reader names."""
+    kind = type(module).__name__
+    names = list(inspect.signature(module.forward).parameters)
+    if not all(call.plain or call.one_tensor for call in calls):
+        raise TraceError(f"{kind} is called with arguments that a graph would have to fix")
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in (names if calls[0].plain else names[:1])]
+    product = read_module(module, tuple(inputs), {})
+    if product is None:
+        raise TraceError(f"the reader registered for {kind} reads no product in its call")
+
+    def fetched(value: Any) -> Any:
+        return graph.get_attr(value) if isinstance(value, str) else value
+
+    operands = replace(
+        product, input=fetched(product.input), weight=fetched(product.weight), bias=fetched(product.bias)
+    )
+    args, constants = arguments(operands)
+    constants.pop("weight", None)
+    node = graph.call_function(dense_function(product.op), args, constants)
+    node.meta[IS_MODULE] = True
+    graph.output(node)
+    return dict.fromkeys((True, False), graph)
 
 
 def _wrappers(module: nn.Module, graphs: Graphs) -> set[str]:

@@ -26,6 +26,7 @@ from fxprop.frontends.fakes import describe
 from fxprop.frontends.leaves import SITE_MODULES
 from fxprop.frontends.module import Graphs, TracedModule, copy_graphs
 from fxprop.frontends.tree import copy_tree
+from fxprop.ops.table import registered_classes
 
 # module types, or qualified names, that are kept as one call
 LeafModules = Collection[type[nn.Module] | str]
@@ -110,7 +111,9 @@ class SiteTracer(fx.Tracer):
             return True
         if attention.is_attention(m):
             return False
-        if isinstance(m, tuple(SITE_MODULES)) or super().is_leaf_module(m, module_qualified_name):
+        if isinstance(m, (*SITE_MODULES, *registered_classes())) or super().is_leaf_module(
+            m, module_qualified_name
+        ):
             return True
         if isinstance(m, (*_NORM_MODULES, nn.modules.dropout._DropoutNd)):
             return True

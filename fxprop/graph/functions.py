@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprop.frontends.leaves import is_users
+from fxprop.frontends.dynamo import module_in_stack
+from fxprop.frontends.leaves import IS_MODULE, is_users
 from fxprop.graph.site import Context, call_name, source_line, with_shapes
 from fxprop.ops import table
 from fxprop.plan import Call, Operand, Site
@@ -46,7 +47,7 @@ def read_product(context: Context, node: fx.Node, product: table.Product) -> Sit
     weight = product.weight
     parameter = context.parameter_of(weight) if isinstance(weight, fx.Node) else None
     site = Site(
-        name=node.name if parameter is None else _site_name(context, parameter),
+        name=node.name if parameter is None else _site_name(context, parameter, node),
         op=product.op,
         node=node.name,
         graph=context.path,
@@ -75,25 +76,32 @@ def read_product(context: Context, node: fx.Node, product: table.Product) -> Sit
     return with_shapes(site, context, node, call, context.info(weight))
 
 
-def _site_name(context: Context, parameter: str) -> str:
+def _site_name(context: Context, parameter: str, node: fx.Node) -> str:
     """The weight's module path, with the weight's own name if that is not "weight"."""
+    if node.meta.get(IS_MODULE):
+        return context.path
     name = context.name(parameter)
     if name.endswith(".weight"):
-        return name.removesuffix(".weight")
+        module = name.removesuffix(".weight")
+        found = module_in_stack(node) if context.parameters else None
+        # a tied weight has one name, and several modules that use it
+        return module if found is None or module.endswith(found[0]) else found[0]
     path, dot, own = name.rpartition(".")
     return path + dot + (own.removesuffix("_weight") if own in _ATTENTION_WEIGHTS else own)
 
 
 def _types(context: Context, parameter: str, node: fx.Node) -> tuple[str, ...]:
     """The class of the module whose `weight` it is, and of its bases."""
+    if node.meta.get(IS_MODULE):
+        return type_names(type(context.module))
     path, _, own = parameter.rpartition(".")
     if own != "weight":
         return ()
     if not context.parameters:
         return type_names(type(context.module.get_submodule(path)))
     # a captured graph has its modules in the metadata alone
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return type_names(stack[-1][1]) if stack and isinstance(stack[-1][1], type) else ()
+    found = module_in_stack(node)
+    return () if found is None else type_names(found[1])
 
 
 def type_names(module_class: type) -> tuple[str, ...]:
@@ -125,7 +133,7 @@ def _opaque(context: Context, node: fx.Node) -> Site | None:
     else:
         return None
     return Site(
-        name=_site_name(context, parameter),
+        name=_site_name(context, parameter, node),
         op=name,
         node=node.name,
         graph=context.path,

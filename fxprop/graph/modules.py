@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxprop.frontends.leaves import DENSE_MODULES, SITE_MODULES, holds_matrices, unsafe
 from fxprop.frontends.record import tensor_info
 from fxprop.graph.functions import type_names
 from fxprop.graph.site import Context, own_tensor, source_line, with_shapes
+from fxprop.ops.table import read_module, registered_classes
 from fxprop.plan import Call, Operand, Site
 
 
@@ -20,6 +22,8 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
     if name in context.elsewhere:
         return None
     module = context.module.get_submodule(str(node.target))
+    if isinstance(module, registered_classes()) and name not in context.reasons:
+        return _registered(context, node, name, module)
     base = next((cls for cls in SITE_MODULES if isinstance(module, cls)), None)
     if base is None or name in context.reasons:
         reason = context.reasons.get(name)
@@ -52,6 +56,33 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
     if known is None:
         own = own_tensor(module, "weight")
         known = None if own is None else tensor_info(own)
+    return with_shapes(site, context, node, call, known)
+
+
+def _registered(context: Context, node: fx.Node, name: str, module: nn.Module) -> Site | None:
+    product = read_module(module, node.args, node.kwargs)
+    if product is None:
+        return opaque_module(name, module, node.name, context.path, source_line(node))
+
+    def operand(value: Any) -> Operand | None:
+        if isinstance(value, str):
+            return Operand(attribute=f"{node.target}.{value}")
+        return Operand(node=value.name) if isinstance(value, fx.Node) else None
+
+    input_, weight, bias = (operand(value) for value in (product.input, product.weight, product.bias))
+    site = Site(
+        name=name,
+        op=product.op,
+        node=node.name,
+        graph=context.path,
+        types=type_names(type(module)),
+        source=source_line(node),
+    )
+    if input_ is None or weight is None:
+        return replace(site, skip="its registered reader names no input or weight")
+    call = Call(input_, weight, bias, dict(product.constants))
+    own = getattr(module, product.weight, None) if isinstance(product.weight, str) else None
+    known = tensor_info(own) if isinstance(own, torch.Tensor) else None
     return with_shapes(site, context, node, call, known)
 
 

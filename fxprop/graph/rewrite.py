@@ -25,6 +25,9 @@ from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 # the one key that fxprop writes to node.meta: the node's Decision
 META_KEY = "fxprop"
 
+# the attribute that marks a model that `transform` returned
+TRANSFORMED = "_fxprop_transformed"
+
 
 def rewrite_model(traced: Traced, plans: Mapping[bool, Plan]) -> None:
     """Rewrite every graph of `traced`, and the code without a graph, by the plans for its modes."""
@@ -39,6 +42,10 @@ def rewrite_model(traced: Traced, plans: Mapping[bool, Plan]) -> None:
             decisions = _of_graph(plans[mode], path)
             graphs[mode] = rewrite(before[mode], decisions)
             verify_graph(before[mode], graphs[mode], decisions)
+        rewritten = any(rewritten_nodes(graph) for graph in graphs.values())
+        if path and not rewritten and not _holds_pieces(path, traced):
+            piece.uninstall()  # nothing of it changes: it stays the module that it was
+            continue
         piece.replace_graphs(graphs, before)
     for path in traced.products:
         products: dict[str, dict[int, Sparsity]] = {}
@@ -48,6 +55,11 @@ def rewrite_model(traced: Traced, plans: Mapping[bool, Plan]) -> None:
                 of_parameter[decision.sparsity.n] = decision.sparsity
         if products:
             SparseCode.install(traced.root.get_submodule(path), products)
+    vars(traced.root)[TRANSFORMED] = True
+
+
+def _holds_pieces(path: str, traced: Traced) -> bool:
+    return any(other.startswith(f"{path}.") for other in traced.pieces)
 
 
 def _of_graph(plan: Plan, path: str) -> tuple[Decision, ...]:

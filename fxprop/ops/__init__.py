@@ -10,8 +10,10 @@ from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
 from fxprop.ops.product import addmm, einsum, matmul
 from fxprop.ops.select import register_score, score_names
+from fxprop.ops.table import Product
 
 __all__ = [
+    "Product",
     "addmm",
     "attention",
     "check_same",

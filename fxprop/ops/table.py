@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from fxprop.errors import OpError
 from fxprop.ops import conv, conv_transpose
 from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
@@ -32,6 +34,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "addmm": addmm,
     "einsum": einsum,
     "grouped_mm": grouped_mm,
+}
+
+_DENSE: dict[str, Callable[..., Any]] = {
+    **{name: getattr(F, name) for name in OPERATORS if hasattr(F, name)},
+    "matmul": torch.matmul,
+    "addmm": torch.addmm,
+    "einsum": torch.einsum,
 }
 
 # operators without a bias of their own
@@ -52,6 +61,11 @@ class Product:
 def takes_bias(op: str) -> bool:
     """Whether the operator has a bias, and so a `bias_grad`."""
     return op not in _NO_BIAS
+
+
+def dense_function(op: str) -> Callable[..., Any]:
+    """The function of torch that the operator mirrors."""
+    return _DENSE[op]
 
 
 def arguments(product: Product) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -202,6 +216,8 @@ def read(
 
     `is_weight` says which operand may be the weight of functions that do not name one.
     """
+    if isinstance(function, Hashable) and function in _CUSTOM:
+        return _checked(function, _CUSTOM[function](*args, **kwargs))
     if function not in _READERS:
         return None
     signature, reader = _READERS[function]
@@ -211,3 +227,61 @@ def read(
         return None  # an overload with other arguments, such as out=
     bound.apply_defaults()
     return reader(bound, is_weight)
+
+
+# --- users' own layers and functions --------------------------------------------------------------------
+
+# for a module class: (module, *args, **kwargs) of its call; for a function: its args and kwargs
+Reader = Callable[..., Product | None]
+
+_CUSTOM: dict[Any, Reader] = {}
+_CUSTOM_MODULES: dict[type[nn.Module], Reader] = {}
+
+
+def register_site(target: type[nn.Module] | Callable[..., Any], reader: Reader) -> None:
+    """Tell fxprop that a module class or a function computes a product with a weight.
+
+    >>> fxprop.register_site(
+    ...     MyLinear,      # its forward computes F.linear(x, self.kernel, self.shift)
+    ...     lambda module, x: fxprop.ops.Product("linear", x, weight="kernel", bias="shift"),
+    ... )
+    >>> fxprop.register_site(
+    ...     my_ops.project,      # a function that stays one call in graphs (torch.fx.wrap, custom ops)
+    ...     lambda x, w: fxprop.ops.Product("matmul", x, w, constants={"weight": "right"}),
+    ... )
+
+    `reader` gets what the call gets (a module reader the module first), with graph nodes in place of
+    tensors, and returns a `Product`: the name of the operator it is, its operands and the operator's
+    constants. A module's parameters are named by strings. It returns None for a call that is none.
+    Layers of a registered class are replaced by that operator where they are rewritten; that the two
+    compute the same is the caller's word. Raises OpError if `target` is registered already.
+    """
+    table: dict[Any, Reader] = _CUSTOM_MODULES if isinstance(target, type) else _CUSTOM
+    if target in table:
+        raise OpError(f"{target!r} is already registered with fxprop")
+    table[target] = reader
+
+
+def is_registered(function: Any) -> bool:
+    """Whether `register_site` was called for a function."""
+    return isinstance(function, Hashable) and function in _CUSTOM
+
+
+def registered_classes() -> tuple[type[nn.Module], ...]:
+    """The module classes that `register_site` was called for."""
+    return tuple(_CUSTOM_MODULES)
+
+
+def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
+    """What the reader registered for the module's class makes of a call."""
+    reader = next(reader for cls, reader in _CUSTOM_MODULES.items() if isinstance(module, cls))
+    return _checked(type(module), reader(module, *args, **kwargs))
+
+
+def _checked(target: Any, product: Product | None) -> Product | None:
+    if product is not None and product.op not in OPERATORS:
+        raise OpError(
+            f"the reader registered for {target!r} returned op={product.op!r}: expected one of "
+            f"{', '.join(OPERATORS)}"
+        )
+    return product
