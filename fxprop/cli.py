@@ -6,16 +6,17 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from fxprop.errors import CommandError, FxpropError
-from fxprop.inspect import code_diff
-from fxprop.model_sources import Source, load
+from fxprop.checks import FRONTENDS
+from fxprop.errors import CommandError, FxpropError, ValuesNeededError
+from fxprop.inspect import code_diff, generated_code
+from fxprop.model_sources import Loaded, Source, load
 from fxprop.ops.select import score_names
 from fxprop.plan import SELECTS, Site
 from fxprop.policy import Policy
@@ -31,6 +32,8 @@ examples:
   fxprop report resnet50 --keep 0.05
   fxprop report vit_b_16 --policy policy.toml --format markdown -o report.md
   fxprop report mypackage.models:make_net --input 32x3x64x64 --model-args '{"width": 2}'
+  fxprop report timm:convnext_tiny
+  fxprop report hf:BertConfig --model-args '{"num_hidden_layers": 2}'
   fxprop layers mobilenet_v3_small
   fxprop code resnet18 --keep 0.1 --diff
 """
@@ -106,18 +109,23 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="torchvision name, package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
+        help="torchvision name, timm:NAME, hf:NAME (a directory, or a configuration's or model's class), "
+        "package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
     )
     parser.add_argument(
         "--input",
         action="append",
         default=[],
-        metavar="SHAPE[:DTYPE]",
-        help="8x3x224x224, 8x128:int64; repeat for several inputs (default: the model's own)",
+        metavar="SHAPE[:DTYPE]|JSON",
+        help="8x3x224x224, 8x128:int64; repeat for several inputs; "
+        """named ones as JSON, '{"input_ids": "8x128:int64"}' (default: the model's own)""",
     )
     parser.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory")
     parser.add_argument(
         "--weights", metavar="NAME|FILE", help="torchvision weights, .safetensors or .pth file"
+    )
+    parser.add_argument(
+        "--frontend", choices=FRONTENDS, default="auto", help="how to get graphs (default: auto)"
     )
     parser.add_argument(
         "--leaf", action="append", default=[], metavar="NAME", help="keep this module as one call"
@@ -159,15 +167,30 @@ def _source(args: argparse.Namespace) -> Source:
     return Source(args.model, args.weights, args.model_args, args.input, args.unsafe_pickle)
 
 
-def _estimated(args: argparse.Namespace) -> Report:
-    policy, loaded = _policy(args), load(_source(args))
-    return estimate(
-        loaded.model, policy, loaded.inputs, example_kwargs=loaded.kwargs, leaf_modules=args.leaf
-    )
+def _on_model(args: argparse.Namespace, use: Callable[..., Any]) -> Any:
+    """`use(model, inputs, options...)`, with real data if the model turns out to read values."""
+    source = _source(args)
+
+    def run(loaded: Loaded) -> Any:
+        return use(
+            loaded.model,
+            loaded.inputs or None,
+            example_kwargs=loaded.kwargs,
+            leaf_modules=args.leaf,
+            frontend=args.frontend,
+        )
+
+    try:
+        return run(load(source))
+    except ValuesNeededError:
+        return run(load(replace(source, real=True)))
 
 
 def _report(args: argparse.Namespace) -> str:
-    report = _estimated(args)
+    policy = _policy(args)
+    report: Report = _on_model(
+        args, lambda model, *rest, **options: estimate(model, policy, *rest, **options)
+    )
     as_text = {
         "text": report.__str__,
         "markdown": report.to_markdown,
@@ -179,8 +202,7 @@ def _report(args: argparse.Namespace) -> str:
 
 
 def _layers(args: argparse.Namespace) -> str:
-    loaded = load(_source(args))
-    sites = layers(loaded.model, loaded.inputs, example_kwargs=loaded.kwargs, leaf_modules=args.leaf)
+    sites = _on_model(args, layers)
     headers = ("layer", "type", "op", "weight", "output", "n channel", "n element", "")
     return tabulate([_row(site) for site in sites], headers, disable_numparse=True)
 
@@ -207,8 +229,8 @@ def _row(site: Site) -> list[Any]:
 
 
 def _code(args: argparse.Namespace) -> str:
-    policy, loaded = _policy(args), load(_source(args))
-    transformed: Transformed = transform(
-        loaded.model, policy, loaded.inputs, example_kwargs=loaded.kwargs, leaf_modules=args.leaf
+    policy = _policy(args)
+    transformed: Transformed = _on_model(
+        args, lambda model, *rest, **options: transform(model, policy, *rest, **options)
     )
-    return code_diff(transformed.module) if args.diff else str(transformed.module.code).strip()
+    return code_diff(transformed.module) if args.diff else generated_code(transformed.module)

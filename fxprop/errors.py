@@ -17,6 +17,10 @@ class InputError(FxpropError):
     """The example inputs are of the wrong kind, or the model cannot run on them."""
 
 
+class ValuesNeededError(InputError):
+    """The model reads values of tensors, and the model or the inputs given have none."""
+
+
 class TraceError(FxpropError):
     """The model cannot be turned into an fx graph."""
 

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxprop.errors import CommandError
+from fxprop.hub_sources import hf_inputs, hf_model, timm_model
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
 _DEFAULT_BATCH = 8
@@ -38,6 +40,13 @@ class Source:
     # "8x3x224x224" or "8x128:int64", one per positional input
     inputs: Sequence[str] = ()
     unsafe_pickle: bool = False
+    # build with real weights and inputs, for a model that reads values
+    real: bool = False
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether to build without data: no weights are asked for."""
+        return self.weights is None and not self.real
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,11 @@ def load(source: Source) -> Loaded:
     CommandError says what is not there or cannot be used, and names the nearest.
     """
     suffix = Path(source.model).suffix
-    if suffix == ".pt2":
+    if source.model.startswith("timm:"):
+        loaded = _from_timm(source)
+    elif source.model.startswith("hf:"):
+        loaded = _from_transformers(source)
+    elif suffix == ".pt2":
         loaded = _from_export(source)
     elif suffix in _PICKLES:
         loaded = _from_pickle(source)
@@ -69,13 +82,45 @@ def load(source: Source) -> Loaded:
     if source.weights is not None and _is_weights_file(source.weights):
         _load_weights(loaded.model, Path(source.weights))
     if source.inputs:
-        return Loaded(loaded.model, tuple(parse_input(text) for text in source.inputs))
+        loaded = Loaded(loaded.model, *_given_inputs(source.inputs))
     if not loaded.inputs and not loaded.kwargs:
         raise CommandError(
             f"{source.model} needs --input with the shape of its input, such as --input 8x3x224x224 "
             "(repeat it for several inputs)"
         )
-    return loaded
+    return _with_data(loaded) if source.real else loaded
+
+
+def _given_inputs(texts: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named inputs from the values of --input."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for text in texts:
+        if not text.lstrip().startswith("{"):
+            args.append(parse_input(text))
+            continue
+        try:
+            named = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CommandError(f"--input {text}: not valid JSON: {error}") from error
+        kwargs |= {
+            name: parse_input(value) if isinstance(value, str) else value for name, value in named.items()
+        }
+    return tuple(args), kwargs
+
+
+def _with_data(loaded: Loaded) -> Loaded:
+    """The same with random numbers in place of meta tensors: integers are 0 or 1, which any table has."""
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_meta:
+            return value
+        if value.is_floating_point():
+            return torch.rand(value.shape, dtype=value.dtype)
+        return torch.randint(2, value.shape).to(value.dtype)
+
+    args, kwargs = pytree.tree_map(real, (tuple(loaded.inputs), dict(loaded.kwargs)))
+    return Loaded(loaded.model, args, kwargs)
 
 
 def parse_input(text: str) -> torch.Tensor:
@@ -88,6 +133,28 @@ def parse_input(text: str) -> torch.Tensor:
             "8x3x224x224 or 8x128:int64"
         )
     return torch.empty([int(size) for size in match[1].split("x")], dtype=dtype, device="meta")
+
+
+# --- timm and transformers ------------------------------------------------------------------------------
+
+
+def _from_timm(source: Source) -> Loaded:
+    name = source.model.removeprefix("timm:")
+    pretrained = source.weights == "DEFAULT"
+    if source.weights and not pretrained and not _is_weights_file(source.weights):
+        raise CommandError(f"--weights {source.weights}: expected DEFAULT, or a .safetensors or .pth file")
+    make, inputs = timm_model(name, _model_args(source), pretrained=pretrained)
+    model = _build(make, source.model, on_meta=source.on_meta)
+    return Loaded(model, inputs(model))
+
+
+def _from_transformers(source: Source) -> Loaded:
+    name = source.model.removeprefix("hf:")
+    by_name = source.weights is not None and not _is_weights_file(source.weights)
+    make = hf_model(name, _model_args(source), weights=by_name)
+    on_meta = source.weights is None and not source.real and not Path(name).is_dir()
+    model = _build(make, source.model, on_meta=on_meta)
+    return Loaded(model, (), {} if source.inputs else hf_inputs(model))
 
 
 # --- torchvision --------------------------------------------------------------------------------------
@@ -104,8 +171,8 @@ def _from_torchvision(source: Source) -> Loaded:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"Nearest: {', '.join(near)}." if near else ""
         raise CommandError(
-            f"unknown model {name!r}: expected a torchvision name, package.module:factory, or a saved "
-            f"file. {hint}"
+            f"unknown model {name!r}: expected a torchvision name, timm:NAME, hf:NAME, "
+            f"package.module:factory, or a saved file. {hint}"
         )
     weights_enum = models.get_model_weights(name)
     weights = source.weights if not _is_weights_file(source.weights) else None
@@ -121,8 +188,27 @@ def _from_torchvision(source: Source) -> Loaded:
         arguments.setdefault("weights_backbone", None)
     if name in ("googlenet", "inception_v3") and weights is None:
         arguments.setdefault("init_weights", False)
-    model = _build(lambda: builder(**arguments), name, on_meta=source.weights is None)
-    return Loaded(model, (torch.empty(_torchvision_shape(weights_enum), device="meta"),))
+    model = _build(lambda: builder(**arguments), name, on_meta=source.on_meta)
+    if "weights_backbone" in builder.__annotations__ and name in models.list_models(models.detection):
+        return Loaded(model, _detection_inputs(name))
+    count = 2 if name in models.list_models(models.optical_flow) else 1
+    shape = _torchvision_shape(weights_enum)
+    return Loaded(model, tuple(torch.empty(shape, device="meta") for _ in range(count)))
+
+
+def _detection_inputs(name: str) -> tuple[Any, ...]:
+    """Images and targets, as a detection model takes them in training."""
+    side, points = 320, 17
+    target = {
+        "boxes": torch.tensor([[32.0, 32.0, 256.0, 256.0]]),
+        "labels": torch.ones(1, dtype=torch.int64),
+    }
+    if name.startswith("mask"):
+        target["masks"] = torch.ones(1, side, side, dtype=torch.uint8)
+    if name.startswith("keypoint"):
+        target["keypoints"] = torch.full((1, points, 3), 64.0).index_fill_(2, torch.tensor([2]), 1.0)
+    images = [torch.empty(3, side, side, device="meta") for _ in range(2)]
+    return images, [dict(target) for _ in images]
 
 
 def _torchvision_shape(weights_enum: Any) -> tuple[int, ...]:
@@ -162,7 +248,7 @@ def _from_factory(source: Source) -> Loaded:
     if not callable(factory):
         raise CommandError(f"{source.model} is a {type(factory).__name__}: expected a factory or a module")
     arguments = _model_args(source)
-    model = _build(lambda: factory(**arguments), source.model, on_meta=source.weights is None)
+    model = _build(lambda: factory(**arguments), source.model, on_meta=source.on_meta)
     if not isinstance(model, nn.Module):
         raise CommandError(f"{source.model} returned a {type(model).__name__}: expected a torch.nn.Module")
     return Loaded(model, ())

@@ -24,6 +24,7 @@ LAYERS = [
     ["report"],
     ["inspect", "checks"],
     ["transform", "backend"],
+    ["hub_sources"],
     ["model_sources"],
     ["cli"],
     ["__init__", "__main__"],

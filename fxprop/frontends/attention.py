@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprop import ops
+from fxprop.ops.attention import multi_head_attention
 
 fx.has_side_effect(ops.check_same)
 
@@ -34,16 +34,20 @@ def forward(
     is_causal: Any = False,
 ) -> tuple[Any, Any]:
     """`nn.MultiheadAttention.forward`; which of query, key and value are one tensor is fixed."""
-    first = module.batch_first
-    q = ops.sequence_first(query, first)
-    k = q if key is query else ops.sequence_first(key, first)
-    v = k if value is key else ops.sequence_first(value, first)
-    projected = _packed(module, q, k, v) if module._qkv_same_embed_dim else _separate(module, q, k, v)
-    rows, weights = ops.attention(
-        *projected,
-        key_padding_mask,
-        attn_mask,
-        num_heads=module.num_heads,
+    separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    return multi_head_attention(
+        query,
+        key,
+        value,
+        module.num_heads,
+        module.in_proj_weight,
+        module.in_proj_bias,
+        module.out_proj.weight,
+        module.out_proj.bias,
+        separate=None if module._qkv_same_embed_dim else separate,
+        batch_first=module.batch_first,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
         bias_k=module.bias_k,
         bias_v=module.bias_v,
         add_zero_attn=module.add_zero_attn,
@@ -51,37 +55,7 @@ def forward(
         need_weights=need_weights,
         average_attn_weights=average_attn_weights,
         is_causal=is_causal,
-        batched=query,
     )
-    output = F.linear(rows, module.out_proj.weight, module.out_proj.bias)
-    return ops.restore_layout(output, query, first), weights
-
-
-def _packed(module: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """As torch.nn.functional._in_projection_packed."""
-    weight, bias, features = module.in_proj_weight, module.in_proj_bias, module.embed_dim
-    if q is k and k is v:
-        packed = ops.unpack(F.linear(q, weight, bias), 3)
-        return packed[0], packed[1], packed[2]
-
-    def part(start: int, end: int) -> tuple[Any, Any]:
-        rows = slice(start * features, end * features)
-        return weight[rows], None if bias is None else bias[rows]
-
-    of_query = F.linear(q, *part(0, 1))
-    if k is v:
-        packed = ops.unpack(F.linear(k, *part(1, 3)), 2)
-        return of_query, packed[0], packed[1]
-    return of_query, F.linear(k, *part(1, 2)), F.linear(v, *part(2, 3))
-
-
-def _separate(module: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """As torch.nn.functional._in_projection."""
-    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    bias, features = module.in_proj_bias, module.embed_dim
-    biases = [None if bias is None else bias[slice(i * features, (i + 1) * features)] for i in range(3)]
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True))
-    return q, k, v
 
 
 class TraceableAttention(nn.MultiheadAttention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -81,5 +82,7 @@ def is_users(function: Any) -> bool:
     package = (getattr(function, "__module__", None) or "").partition(".")[0]
     if is_registered(function):
         return False
+    if function is F.multi_head_attention_forward:
+        return True  # holds products of its own, as users' functions may
     known = ("", "torch", "_operator", "operator", "builtins", "math", "collections", "fxprop")
     return package not in known

@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
-from fxprop.errors import InputError
+from fxprop.errors import InputError, ValuesNeededError
 from fxprop.frontends.counting import FORMULAS
 from fxprop.frontends.fakes import Twin, describe, has_values
 from fxprop.frontends.interpret import GraphRecorder, on_gradient
@@ -121,7 +121,7 @@ class _Recording:
             if not self._place and self.watch.at:
                 self._place = f" at layer {self.watch.at!r}"
             if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-                raise InputError(
+                raise ValuesNeededError(
                     f"the model reads the values of tensors{self._place}, and fxprop finds shapes with "
                     f"fake tensors, which have none ({reason}). Give example inputs that are real, and a "
                     "model with real weights. Or leave example_inputs out, if torch.fx can trace it: the "

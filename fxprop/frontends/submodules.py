@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprop.errors import InputError, TraceError
+from fxprop.errors import InputError, TraceError, ValuesNeededError
 from fxprop.frontends.attention import TraceableAttention, is_attention
 from fxprop.frontends.export import trace_exported
 from fxprop.frontends.fakes import Twin, has_values
 from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import Graphs, TracedModule
-from fxprop.frontends.symbolic import LeafModules, bind_arguments, trace_modes
+from fxprop.frontends.symbolic import LeafModules, TracedGraphs, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
 from fxprop.frontends.watch import Watch
@@ -104,7 +104,7 @@ class _Descent:
         leaf_modules: LeafModules,
     ) -> None:
         self._model, self._inputs, self._leaf_modules = model, inputs, leaf_modules
-        self._graphs: dict[str, tuple[Graphs, str]] = {}
+        self._graphs: dict[str, TracedGraphs] = {}
         self.untraced: dict[str, str] = {}
         self._opaque: dict[str, str] = {}
         self._observed: Observation | None = None
@@ -115,17 +115,17 @@ class _Descent:
         leaves: set[str] = set()
         while True:
             names = [name.removeprefix(f"{path}.") for name in self._named_leaves()]
-            graphs, why = trace_modes(module, given, [*self._leaf_types(), *names, *leaves])
-            found = _wrappers(module, graphs) - leaves if self._inputs is not None else set()
+            traced = trace_modes(module, given, [*self._leaf_types(), *names, *leaves])
+            found = _wrappers(module, traced.graphs) - leaves if self._inputs is not None else set()
             if "" in found:
                 raise TraceError(f"{type(module).__name__} calls a function that is kept as one call")
             if not found:
                 break
             leaves |= found
-        if path and why:
-            raise TraceError(why)  # a part has to follow the model into either mode
-        self._graphs[path] = (graphs, why)
-        for target in _called(graphs):
+        if path and traced.untraced:
+            raise TraceError(traced.untraced)  # a part has to follow the model into either mode
+        self._graphs[path] = traced
+        for target in _called(traced.graphs):
             name, leaf = ".".join(filter(None, (path, target))), module.get_submodule(target)
             if not is_readable(leaf) or self._is_users_leaf(name, leaf):
                 self.visit(name, leaf, whole=target not in leaves)
@@ -167,7 +167,7 @@ class _Descent:
             assert isinstance(part, TraceableAttention)
             part.same = frozenset.intersection(*(call.same for call in calls))
         elif isinstance(module, registered_classes()):
-            self._graphs[path] = (_as_product(module, calls), "")
+            self._graphs[path] = TracedGraphs(_as_product(module, calls), "", {})
             return
         elif not all(call.plain for call in calls):
             if not is_readable(module) or not all(call.one_tensor for call in calls):
@@ -196,12 +196,14 @@ class _Descent:
         """A copy of the model's tree with the traced modules in their places."""
         root = copy_tree(self._model)
         pieces: dict[str, TracedModule] = {}
-        for path, (graphs, why) in self._graphs.items():
+        for path, traced in self._graphs.items():
+            part = root.get_submodule(path)
+            part.__dict__.update(traced.constants)
             if path:
-                pieces[path] = TracedModule.install(root.get_submodule(path), graphs, untraced=why)
+                pieces[path] = TracedModule.install(part, traced.graphs, untraced=traced.untraced)
         if "" in self._graphs:
-            graphs, why = self._graphs[""]
-            root = pieces[""] = TracedModule(root, graphs, type(self._model).__name__, untraced=why)
+            whole, name = self._graphs[""], type(self._model).__name__
+            root = pieces[""] = TracedModule(root, whole.graphs, name, untraced=whole.untraced)
         products: dict[str, tuple[str, ...]] = {}
         if self._inputs is not None and self.untraced:
             for module, parameter in self.observed.products:
@@ -277,7 +279,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     except Exception as error:
         if not has_values(model, args, kwargs):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(
+            raise ValuesNeededError(
                 f"the model cannot run on fake tensors, which have shapes but no values: {reason}. Give "
                 "example inputs that are real, and a model with real weights."
             ) from error

@@ -13,7 +13,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -34,13 +34,23 @@ LeafModules = Collection[type[nn.Module] | str]
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+class TracedGraphs(NamedTuple):
+    """What tracing a module gave."""
+
+    graphs: Graphs
+    # why one mode has no graph; empty if both have
+    untraced: str
+    # tensors that the code makes once, by the name under which the graphs fetch them from the module
+    constants: Mapping[str, Any]
+
+
 def trace_modes(
     model: nn.Module, given: Mapping[str, Any] | None = None, leaf_modules: LeafModules = ()
-) -> tuple[Graphs, str]:
+) -> TracedGraphs:
     """The graphs of `model` in its present mode and, where the code differs, in the other one.
 
-    >>> graphs, why_not = trace_modes(torchvision.models.resnet18().train())
-    >>> graphs[True] is graphs[False]
+    >>> found = trace_modes(torchvision.models.resnet18().train())
+    >>> found.graphs[True] is found.graphs[False]
     True
 
     `given` maps argument names to example values; see `bind_arguments`. Arguments with a default that
@@ -49,21 +59,27 @@ def trace_modes(
     stopped it; if only the other mode cannot be traced, returns why.
     """
     if isinstance(model, TracedModule):
-        return copy_graphs(model.graphs), model.untraced
+        return TracedGraphs(copy_graphs(model.graphs), model.untraced, {})
     if isinstance(model, fx.GraphModule):
-        return copy_graphs(dict.fromkeys((True, False), model.graph)), ""
-    here = model.training
-    graphs = {here: SiteTracer(leaf_modules, given).trace(copy_tree(model))}
+        return TracedGraphs(copy_graphs(dict.fromkeys((True, False), model.graph)), "", {})
+    here, why = model.training, ""
     tree = copy_tree(model)
-    for module in tree.modules():
+    graphs = {here: SiteTracer(leaf_modules, given).trace(tree)}
+    # of the traced copy, so that a constant has one name in both
+    other_tree = copy_tree(tree)
+    for module in other_tree.modules():
         module.training = not here
     try:
-        there = SiteTracer(leaf_modules, given).trace(tree)
+        there = SiteTracer(leaf_modules, given).trace(other_tree)
     except TraceError as error:
-        return graphs, str(error)
-    same = there.python_code("self").src == graphs[here].python_code("self").src
-    graphs[not here] = graphs[here] if same else there
-    return graphs, ""
+        why = str(error)
+    else:
+        same = there.python_code("self").src == graphs[here].python_code("self").src
+        graphs[not here] = graphs[here] if same else there
+        tree = other_tree
+    named = {str(n.target) for graph in graphs.values() for n in graph.nodes if n.op == "get_attr"}
+    constants = {key: value for key, value in vars(tree).items() if key in named - set(vars(model))}
+    return TracedGraphs(graphs, why, constants)
 
 
 @fx.has_side_effect

@@ -8,6 +8,7 @@ keep the shape checks and mask handling out of the graph, so that the projection
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,107 @@ def restore_layout(output: Tensor, query: Tensor, batch_first: bool) -> Tensor:
     batch, length = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     output = output.view(length, batch, -1)
     return output.transpose(1, 0) if batch_first else output
+
+
+def multi_head_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    *,
+    separate: Sequence[Any] | None = None,
+    batch_first: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """`F.multi_head_attention_forward` as linear layers with `attention` between them.
+
+    Tensors, or the proxies of a trace. `separate` are (q, k, v)_proj_weight where there is no
+    in_proj_weight; `options` are `attention`'s. Which of query, key and value are one tensor decides how
+    they are projected.
+    """
+    q = sequence_first(query, batch_first)
+    k = q if key is query else sequence_first(key, batch_first)
+    v = k if value is key else sequence_first(value, batch_first)
+
+    def rows(tensor: Any, start: int, end: int) -> Any:
+        if tensor is None:
+            return None
+        features = tensor.shape[0] // 3
+        return tensor[start * features : end * features]
+
+    def project(x: Any, start: int, end: int) -> Any:
+        weight = rows(in_proj_weight, start, end) if separate is None else separate[start]
+        return F.linear(x, weight, rows(in_proj_bias, start, end))
+
+    if separate is None and q is k and k is v:
+        packed = unpack(F.linear(q, in_proj_weight, in_proj_bias), 3)
+        projected = (packed[0], packed[1], packed[2])
+    elif separate is None and k is v:
+        packed = unpack(project(k, 1, 3), 2)
+        projected = (project(q, 0, 1), packed[0], packed[1])
+    else:
+        projected = (project(q, 0, 1), project(k, 1, 2), project(v, 2, 3))
+    context, weights = attention(*projected, num_heads=num_heads, batched=query, **options)
+    if options["need_weights"] is False:
+        weights = None  # not a proxy, which code that asks `is None` would take for weights
+    output = F.linear(context, out_proj_weight, out_proj_bias)
+    return restore_layout(output, query, batch_first), weights
+
+
+def decomposed_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Any, Any]:
+    """`F.multi_head_attention_forward` by `multi_head_attention`; with static_k or static_v itself."""
+    if static_k is not None or static_v is not None:
+        raise NotImplementedError("static_k and static_v")
+    return multi_head_attention(
+        query,
+        key,
+        value,
+        num_heads,
+        in_proj_weight,
+        in_proj_bias,
+        out_proj_weight,
+        out_proj_bias,
+        separate=(q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        bias_k=bias_k,
+        bias_v=bias_v,
+        add_zero_attn=add_zero_attn,
+        dropout=dropout_p if training else 0.0,
+        need_weights=need_weights,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
 
 
 @public

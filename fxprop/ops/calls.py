@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxprop.ops.attention import decomposed_forward
 from fxprop.ops.common import Keep
 from fxprop.ops.sizes import sizes
 from fxprop.ops.table import OPERATORS, Product, arguments, read, takes_bias
@@ -36,6 +38,10 @@ class ProductMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and not {"static_k", "static_v"} & kwargs.keys():
+            # a function of Python, inside which no mode is active
+            with self:
+                return decomposed_forward(*args, **kwargs)
         product = read(func, args, kwargs, self._is_known)
         if product is not None and self._is_known(product.weight):
             name = self._known[id(product.weight)][0]
