@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from fxprop.checks import (
@@ -49,7 +50,7 @@ class Transformed(NamedTuple):
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     policy: PolicyLike,
     example_inputs: ExampleInputs = None,
     *,
@@ -65,27 +66,33 @@ def transform(
     >>> gm(images).sum().backward()
 
     Args:
-        model: any nn.Module that torch.fx can trace, or a GraphModule. It is not changed.
+        model: any nn.Module, a GraphModule, or an ExportedProgram. It is not changed.
         policy: a Policy, one keep ratio for all layers, a mapping, or the path of a .toml or .json file.
         example_inputs: the model's positional inputs, real, fake or on the meta device; only shapes,
             dtypes and requires_grad are used, nothing is computed. Without them FLOPs are not counted.
         example_kwargs: keyword inputs.
-        frontend: how to get the graph; "auto" and "symbolic" are torch.fx tracing.
+        frontend: how to get graphs. "symbolic": the whole model by torch.fx. "submodules": the largest
+            parts of it that torch.fx can trace, down to single layers; needs example inputs. "export":
+            the whole model as aten operators, by torch.export. "auto": symbolic, or else submodules.
         leaf_modules: module classes or qualified names to keep as one call (their layers stay dense).
 
     Returns:
         (module, report). The module's output is bit-equal to the model's in train and eval mode; it
         holds the same Parameter and buffer objects under the same state_dict keys in the same order.
+        Traced whole it is a GraphModule; otherwise it is of the model's own class, with GraphModules
+        inside.
 
     Raises:
         ModelError, InputError, TraceError, PolicyError: see their messages. The model stays as it was.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     stages = _Stages.run(model, policy, example_inputs, example_kwargs, frontend, leaf_modules)
     return Transformed(stages.rewritten(model), stages.report())
 
 
 def estimate(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     policy: PolicyLike,
     example_inputs: ExampleInputs,
     *,
@@ -106,7 +113,7 @@ def estimate(
 
 
 def layers(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     example_inputs: ExampleInputs = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -156,7 +163,7 @@ class _Stages:
     @classmethod
     def run(
         cls,
-        model: nn.Module,
+        model: nn.Module | torch.export.ExportedProgram,
         policy: PolicyLike,
         example_inputs: ExampleInputs,
         example_kwargs: Mapping[str, Any] | None,
@@ -164,6 +171,8 @@ class _Stages:
         leaf_modules: LeafModules,
     ) -> _Stages:
         resolved = as_policy(policy)
+        if isinstance(model, torch.export.ExportedProgram):
+            model = model.module()
         check_model(model)
         check_frontend(frontend)
         check_not_rewritten(model)

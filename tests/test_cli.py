@@ -178,7 +178,6 @@ def test_weights_never_unpickle_code(capsys, tmp_path):
         (["report", HERE + "make_net", *INPUT, "--model-args", "{"], r"--model-args {: not valid JSON"),
         (["report", HERE + "make_net", *INPUT, "--model-args", "3"], r"expected an object"),
         (["report", "model.pt2"], r"model.pt2: no such file"),
-        (["report", "raft_small"], r"do not fit RAFT.forward"),
         (["report", "resnet18", "-o", "/no/such/folder/x"], r"cannot write /no/such/folder/x"),
     ],
 )  # fmt: skip
@@ -211,3 +210,61 @@ def test_a_closed_pipe_is_no_error():
     result = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
     assert result.stderr == ""
     assert result.stdout.startswith("ResNet: 20 layers rewritten")
+
+
+def test_timm_and_transformers(capsys, tmp_path):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
+    code, out, _ = run(capsys, "report", "timm:resnet10t", "--keep", "0.1")
+    assert code == 0
+    assert "symbolic front-end" in out
+    small = json.dumps({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4})
+    code, out, _ = run(capsys, "layers", "hf:BertConfig", "--model-args", small)
+    assert code == 0
+    assert "encoder.layer.0.intermediate.dense" in out
+    named = '{"input_ids": "2x7:int64", "attention_mask": "2x7:int64", "use_cache": false}'
+    code, out, _ = run(
+        capsys, "report", "hf:GPT2LMHeadModel", "--model-args", '{"n_layer": 1}', "--input", named
+    )
+    assert code == 0
+    assert "14x768" in out
+    config = transformers.BertConfig(**json.loads(small))
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    capsys.readouterr()
+    code, out, _ = run(capsys, "report", f"hf:{tmp_path}", "--frontend", "submodules")
+    assert code == 0
+    assert out.startswith("BertForMaskedLM:")
+    code, out, _ = run(capsys, "code", f"hf:{tmp_path}", "--diff")
+    assert "--- bert.encoder.layer.0.attention.self.query before" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["report", "timm:resnet18_"], "unknown timm model 'resnet18_'. Nearest: resnet18"),
+        (["report", "hf:BertConfi"], "unknown transformers configuration or model class.*BertConfig"),
+        (["report", "hf:BertTokenizer"], "neither a configuration nor a model class"),
+        (["report", "hf:BertConfig", "--weights", "DEFAULT"], "give the directory that holds the weights"),
+        (["report", "hf:BertConfig", "--input", "{bad"], "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_library_errors(capsys, argv, match):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    pytest.importorskip("transformers", reason="transformers is an optional extra")
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert re.search(match, err), err
+
+
+@pytest.mark.slow
+def test_a_detection_model_from_its_name(capsys):
+    code, out, _ = run(capsys, "report", "ssdlite320_mobilenet_v3_large")
+    assert code == 0
+    assert "submodules front-end, train mode" in out
+    assert "reads values" in out
+
+
+def test_frontend_option(capsys):
+    code, out, _ = run(capsys, "report", HERE + "make_net", *INPUT, "--frontend", "export")
+    assert code == 0
+    assert "export front-end" in out

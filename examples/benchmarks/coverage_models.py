@@ -108,7 +108,8 @@ def transformers_case(name: str) -> Case:
     cls = getattr(transformers, name)
     known = inspect.signature(cls.config_class).parameters
     default = cls.config_class()
-    small = {k: v for k, v in _SMALL.items() if k in known or hasattr(default, k)}
+    fixed = {k for k in _SMALL if isinstance(getattr(cls.config_class, k, None), property)}
+    small = {k: v for k, v in _SMALL.items() if (k in known or hasattr(default, k)) and k not in fixed}
     if name in ("CLIPModel", "SiglipModel"):
         parts = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
         part = {k: v for k, v in _SMALL.items() if k in parts}

@@ -61,6 +61,9 @@ class TracedModule(fx.GraphModule):
 
         Whatever refers to the module (its parents, lists, bound methods) then sees the traced one.
         """
+        if isinstance(module, TracedModule):
+            module._set(graphs, before, untraced)
+            return module
         base = type(module)
         blank = fx.GraphModule(nn.Module(), fx.Graph())
         module.__dict__.update({key: vars(blank)[key] for key in _GRAPH_MODULE})

@@ -24,6 +24,7 @@ def render(report: Report, style: str) -> str:
         _title(report, style),
         _layer_table(report, style),
         _skipped(report, style),
+        _untraced(report, style),
         _totals(report, style),
         *(_prose(line, style) for line in _footnotes(report)),
     ]
@@ -76,6 +77,11 @@ def _row(layer: Layer) -> list[str]:
 def _skipped(report: Report, style: str) -> str:
     rows = [[x.name, x.op, x.reason] for x in report.layers if x.status == "skipped"]
     return _tabulate(rows, ("skipped layer", "op", "reason"), style) if rows else ""
+
+
+def _untraced(report: Report, style: str) -> str:
+    rows = [[name or report.model, reason] for name, reason in report.untraced]
+    return _tabulate(rows, ("runs as written", "because"), style) if rows else ""
 
 
 def _totals(report: Report, style: str) -> str:
