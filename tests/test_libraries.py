@@ -14,9 +14,7 @@ DETECTION = "fasterrcnn_mobilenet_v3_large_320_fpn raft_small".split()
 HF = """BertForSequenceClassification RobertaForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM
 MistralForCausalLM Qwen2ForCausalLM MixtralForCausalLM T5ForConditionalGeneration BartForConditionalGeneration
 WhisperForConditionalGeneration ViTForImageClassification CLIPModel Wav2Vec2ForCTC""".split()
-SOME_TIMM = (
-    "convnext_atto dm_nfnet_f0 tf_efficientnet_b0 swin_tiny_patch4_window7_224 vit_tiny_patch16_224".split()
-)
+SOME_TIMM = "convnext_atto tf_efficientnet_b0 swin_tiny_patch4_window7_224".split()
 
 
 def check(library, name, gradients=True):
@@ -45,7 +43,7 @@ def test_transformers(name):
 
 @pytest.mark.parametrize("name", SOME_TIMM)
 def test_timm(name):
-    check("timm", name, gradients=name != "dm_nfnet_f0")
+    check("timm", name, gradients=name == "convnext_atto")
 
 
 @pytest.mark.parametrize("name", DETECTION)
