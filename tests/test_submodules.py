@@ -334,6 +334,28 @@ def test_a_model_that_reads_values_runs_on_the_inputs_given():
         fxprop.transform(model, 0.5, (x.to("meta"),))
 
 
+class Standardised(nn.Linear):
+    """Its weight is computed from two parameters, in code that reads a value."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.gain = nn.Parameter(torch.ones(n_out, 1))
+
+    def forward(self, x):
+        weight = self.gain * (self.weight - self.weight.mean(1, keepdim=True))
+        return x if x.isnan().any() else F.linear(x, weight, self.bias)
+
+
+def test_a_weight_computed_from_several_parameters():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Standardised(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    gm, report = fxprop.transform(model, 0.25, (x,))
+    assert [(layer.name, layer.k) for layer in report.layers] == [("0", 2), ("2", None)]
+    gm(x).square().sum().backward()
+    assert (model[0].gain.grad != 0).sum() <= 2
+    assert gradients_equal(model, 0.25, (x,), {}) == "equal"
+
+
 def test_other_flops_are_what_torch_counts_beyond_the_layers():
     from torch.utils.flop_counter import FlopCounterMode
 

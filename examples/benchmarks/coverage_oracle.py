@@ -64,7 +64,7 @@ class Products(TorchFunctionMode):
             weight = next((t for t in reversed(found) if self._origin(t) is not None), None)
         if weight is not None:
             args, kwargs, bias = _without_bias(func, args, kwargs)
-            result = self._product(func, found, weight, kwargs, func(*args, **kwargs))
+            result = self._product(func, found, weight, args, func(*args, **kwargs))
             if bias is None:
                 return result
             return result + bias.view(-1, *(1,) * (weight.dim() - 2)) if func in _CONVS else result + bias
@@ -72,7 +72,9 @@ class Products(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         floats = [t for t in tensors if t.is_floating_point()]
         if floats and all(id(t) in self.weights for t in floats):
-            origin = max((self.weights[id(t)] for t in floats), key=lambda pair: pair[1].dim())[0]
+            origin = max(
+                (self.weights[id(t)] for t in floats), key=lambda pair: (pair[1].dim(), pair[1].numel())
+            )[0]
             for t in pytree.tree_leaves(result):
                 if isinstance(t, Tensor) and t.is_floating_point():
                     self.weights[id(t)] = (origin, t)
@@ -102,7 +104,7 @@ class Products(TorchFunctionMode):
         finally:
             F.linear = dense
 
-    def _product(self, func: Any, found: Any, weight: Tensor, kwargs: Any, result: Tensor) -> Tensor:
+    def _product(self, func: Any, found: Any, weight: Tensor, args: tuple, result: Tensor) -> Tensor:
         x = found[0] if weight is found[1] else found[1]
         if func in _TRANSPOSED:
             self.flops += 2 * x.numel() * math.prod(weight.shape[1:])
@@ -110,7 +112,9 @@ class Products(TorchFunctionMode):
             self.flops += 2 * result.numel() * math.prod(weight.shape[1:])
         elif func in _GROUPED:
             self.flops += 2 * x.numel() * weight.shape[-1]
-        elif func is torch.einsum or weight.dim() > 2:
+        elif func is torch.einsum:
+            self.flops += 2 * _einsum_size(args[0], found)
+        elif weight.dim() > 2:
             self.flops += 2 * result.numel() * weight.numel() // result.shape[-1]
         else:
             self.flops += 2 * result.numel() * (weight.shape[0] if weight is found[1] else weight.shape[1])
@@ -121,10 +125,19 @@ class Products(TorchFunctionMode):
         if not simple or not result.requires_grad:
             self.unmasked |= result.requires_grad
             return result
-        return _masked(result, func in _CONVS, _groups(func, kwargs, x, weight), self.keep)
+        return _masked(result, func in _CONVS, _groups(func, x, weight), self.keep)
 
 
-def _groups(func: Any, kwargs: Any, x: Tensor, weight: Tensor) -> int:
+def _einsum_size(equation: str, operands: tuple[Tensor, Tensor]) -> int:
+    """The product of the sizes of all indices."""
+    names = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes = {
+        i: n for index, t in zip(names, operands, strict=True) for i, n in zip(index, t.shape, strict=True)
+    }
+    return math.prod(sizes.values())
+
+
+def _groups(func: Any, x: Tensor, weight: Tensor) -> int:
     channel_dim = -(weight.dim() - 1)
     return x.shape[channel_dim] // weight.shape[1] if func in _CONVS else 1
 

@@ -87,7 +87,10 @@ class SparseCode(nn.Module):
 
     def sparse_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's forward, with the products of the plan replaced."""
-        parameters = {name: self.get_parameter(name) for name in self._sparse}
+        # all of them: a weight may be computed from its own parameter and others, such as a gain
+        # (one with several names goes by the plan's)
+        parameters = dict(self.named_parameters())
+        parameters |= {name: self.get_parameter(name) for name in self._sparse}
         with SparseProducts(parameters, self._sparse):
             if self._own_forward is not None:
                 return self._own_forward(*args, **kwargs)

@@ -63,9 +63,9 @@ class Context:
         # a scale that a matrix is multiplied with does not give it its name
         return max((origins[i] for i in inputs), key=self._rank, default=None)
 
-    def _rank(self, name: str) -> int:
+    def _rank(self, name: str) -> tuple[int, int]:
         tensor = None if self.parameters else _lookup(self.module, name)
-        return tensor.dim() if isinstance(tensor, torch.Tensor) else 0
+        return (tensor.dim(), tensor.numel()) if isinstance(tensor, torch.Tensor) else (0, 0)
 
     def info(self, node: fx.Node) -> TensorInfo | None:
         """What is known of the tensor at `node`."""

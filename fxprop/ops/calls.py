@@ -65,13 +65,18 @@ class ProductMode(TorchFunctionMode):
                     # an index is not what a weight is computed from
                     if tensor.is_floating_point():
                         return
-                elif origin is None or known[1].dim() > origin[1].dim():
+                elif origin is None or _size(known[1]) > _size(origin[1]):
                     origin = known
         if origin is None:
             return
         for tensor in result if isinstance(result, list | tuple) else (result,):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self._known[id(tensor)] = (origin[0], tensor)
+
+
+def _size(tensor: Tensor) -> tuple[int, int]:
+    """What decides which of several parameters a computed weight is named by: the matrix, not its scale."""
+    return tensor.dim(), tensor.numel()
 
 
 # parameter -> what is kept of it, by how many features there are to choose from
@@ -93,6 +98,8 @@ class SparseProducts(ProductMode):
         self._plan = plan
 
     def _run(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
+        if name not in self._plan:
+            return dense()
         shapes = (tuple(product.input.shape), tuple(product.weight.shape))
         found = sizes(product.op, *shapes, None, product.constants)
         if isinstance(found, str) or product.weight.is_complex():
