@@ -50,17 +50,21 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("-o", "--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
     options = parser.parse_args()
+    names = fnmatch.filter(names_of(options.library), options.filter)
+    if not names:
+        parser.error(f"--filter {options.filter!r} matches no model of {options.library}")
     rows = []
-    for name in tqdm(fnmatch.filter(names_of(options.library), options.filter), disable=None):
+    for name in tqdm(names, disable=None):
         try:
             rows.append(check(options.library, name, options.keep))
         except Exception as error:
             rows.append({"model": name, "front-end": f"FAILED: {type(error).__name__}: {error}"[:160]})
-    table = tabulate([[row.get(h, "") for h in HEADERS] for row in rows], HEADERS, tablefmt="github")
+        table = tabulate([[row.get(h, "") for h in HEADERS] for row in rows], HEADERS, tablefmt="github")
+        if options.output:  # after every model: a long run may be stopped
+            options.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+            text = json.dumps(rows, indent=2) + "\n"
+            options.output.with_suffix(".json").write_text(text, encoding="utf-8")
     print(table)
-    if options.output:
-        options.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-        options.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

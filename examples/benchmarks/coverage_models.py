@@ -73,7 +73,7 @@ def torchvision_case(name: str) -> Case:
     if name in models.list_models(models.video):
         frames, side = (16, 224) if name.startswith(("mvit", "s3d")) else (4, 64)
         return model, (torch.rand(2, 3, frames, side, side),), {}
-    side = getattr(model, "image_size", {"inception_v3": 96, "maxvit_t": 224}.get(name, 64))
+    side = getattr(model, "image_size", {"inception_v3": 299, "maxvit_t": 224}.get(name, 64))
     return model, (torch.rand(2, 3, side, side),), {}
 
 
