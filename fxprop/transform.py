@@ -57,6 +57,7 @@ def transform(
     example_kwargs: Mapping[str, Any] | None = None,
     frontend: Frontend = "auto",
     leaf_modules: LeafModules = (),
+    preserve_modules: LeafModules = (),
 ) -> Transformed:
     """Rewrite a model so that its backward pass uses only part of each layer's output gradient.
 
@@ -75,6 +76,9 @@ def transform(
             parts of it that torch.fx can trace, down to single layers; needs example inputs. "export":
             the whole model as aten operators, by torch.export. "auto": symbolic, or else submodules.
         leaf_modules: module classes or qualified names to keep as one call (their layers stay dense).
+        preserve_modules: module classes, or globs on qualified names, that stay modules which are called,
+            with a graph of their own: for hooks, fully_shard and activation checkpointing, block by block.
+            Modules that have hooks already are preserved anyway.
 
     Returns:
         (module, report). The module's output is bit-equal to the model's in train and eval mode; it
@@ -87,7 +91,9 @@ def transform(
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
-    stages = _Stages.run(model, policy, example_inputs, example_kwargs, frontend, leaf_modules)
+    stages = _Stages.run(
+        model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
+    )
     return Transformed(stages.rewritten(model), stages.report())
 
 
@@ -99,6 +105,7 @@ def estimate(
     example_kwargs: Mapping[str, Any] | None = None,
     frontend: Frontend = "auto",
     leaf_modules: LeafModules = (),
+    preserve_modules: LeafModules = (),
 ) -> Report:
     """The report that `transform` would return, without making the module.
 
@@ -109,7 +116,10 @@ def estimate(
     Arguments and errors as in `transform`. Needs no weights: a model on the meta device takes seconds
     and no memory, whatever its size.
     """
-    return _Stages.run(model, policy, example_inputs, example_kwargs, frontend, leaf_modules).report()
+    stages = _Stages.run(
+        model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
+    )
+    return stages.report()
 
 
 def layers(
@@ -119,6 +129,7 @@ def layers(
     example_kwargs: Mapping[str, Any] | None = None,
     frontend: Frontend = "auto",
     leaf_modules: LeafModules = (),
+    preserve_modules: LeafModules = (),
 ) -> tuple[Site, ...]:
     """Everything a policy can name, in graph order, of the mode the model is in.
 
@@ -128,7 +139,10 @@ def layers(
     Arguments and errors as in `transform`.
     """
     dense = Policy()
-    return _Stages.run(model, dense, example_inputs, example_kwargs, frontend, leaf_modules).sites()
+    stages = _Stages.run(
+        model, dense, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
+    )
+    return stages.sites()
 
 
 def restore(gm: nn.Module) -> nn.Module:
@@ -169,6 +183,7 @@ class _Stages:
         example_kwargs: Mapping[str, Any] | None,
         frontend: str,
         leaf_modules: LeafModules,
+        preserve_modules: LeafModules,
     ) -> _Stages:
         resolved = as_policy(policy)
         if isinstance(model, torch.export.ExportedProgram):
@@ -178,7 +193,8 @@ class _Stages:
         check_not_rewritten(model)
         args, kwargs = check_inputs(example_inputs, example_kwargs)
         has_inputs = example_inputs is not None or bool(example_kwargs)
-        traced = trace_model(model, frontend, (args, kwargs) if has_inputs else None, leaf_modules)
+        given = (args, kwargs) if has_inputs else None
+        traced = trace_model(model, frontend, given, leaf_modules, preserve_modules)
 
         runs: dict[bool, Run | None] = {}
         sites: dict[bool, tuple[Site, ...]] = {}

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError
+from fxprop.frontends.module import TracedModule
 from fxprop.frontends.tree import copy_tree
 
 _SEED = 0
@@ -43,6 +44,9 @@ class Twin:
         self._follow_model = device is not None and device.type == "meta"
         self.required: list[torch.Tensor] = []
         self.root = copy_tree(root, self._of_model)
+        for module in self.root.modules():
+            if isinstance(module, TracedModule):
+                module.warns_of_hooks = False  # hooks are what watches the run
         if not real:
             without_data_dependence(self.root)
         self.args: tuple[Any, ...] = self._of_input(args)

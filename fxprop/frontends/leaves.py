@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprop.frontends.hooks import hooks_of
 from fxprop.ops.table import is_registered, registered_classes
 
 # in the metadata of a node that stands for the whole module whose graph it is in
@@ -28,7 +29,6 @@ SITE_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Linear: ("linear", ()),
 }
 _SAFE_METHODS = ("forward", "_conv_forward", "__call__")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # why modules that hold matrices stay as they are
 DENSE_MODULES: dict[type[nn.Module], str] = {
@@ -55,11 +55,10 @@ def unsafe(module: nn.Module) -> str | None:
         here = getattr(cls, method, None)
         if here is not getattr(base, method, None) or method in vars(module):
             return f"{cls.__name__} overrides {method} of nn.{base.__name__}"
-    hooks = [kind for kind in _HOOKS if getattr(module, kind, None)]
+    hooks = hooks_of(module)
     if hooks:
-        kinds = ", ".join(kind.strip("_") for kind in hooks)
         return (
-            f"the module has {kinds}, which a function call would not run "
+            f"the module has {', '.join(hooks)}, which a function call would not run "
             "(weight_norm and spectral_norm: use torch.nn.utils.parametrizations)"
         )
     if any(is_lazy(p) for p in vars(module)["_parameters"].values() if p is not None):

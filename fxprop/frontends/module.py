@@ -9,18 +9,23 @@ not traced as a whole it also stays an instance of the class it was traced from,
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxprop.errors import TraceError
+from fxprop.frontends.hooks import registries
 from fxprop.frontends.tree import copy_tree
 
 # training mode -> graph; a missing mode could not be traced
 Graphs = Mapping[bool, fx.Graph]
 
-_OWN = ("_graphs", "_before", "_untraced", "_base")
+_OWN = ("_graphs", "_before", "_untraced", "_base", "_generated", "_uncalled", "warns_of_hooks")
+# how many graphs that do not run keep their generated code
+_REMEMBERED = 32
 _GRAPH_MODULE = tuple(set(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - set(vars(nn.Module())))
 
 
@@ -85,7 +90,52 @@ class TracedModule(fx.GraphModule):
         self._graphs = dict(graphs)
         self._before = None if before is None else dict(before)
         self._untraced = untraced
-        self.graph = self._graphs[self.training]
+        # graph -> its generated code and forward: code that comes back is the same code object, which
+        # torch.compile has compiled already
+        self._generated: dict[fx.Graph, tuple[Any, Any]] = {}
+        self.warns_of_hooks = True
+        self._show(self._graphs[self.training])
+
+    def _show(self, graph: fx.Graph) -> None:
+        """Run `graph` from now on."""
+        if graph in self._generated:
+            self._graph = graph
+            self._code, type(self).forward = self._generated[graph]
+        else:
+            self.graph = graph
+        self._uncalled = _uncalled(self, graph)
+
+    def recompile(self) -> Any:
+        """Regenerate the code from the graph, as after editing it."""
+        made = super().recompile()
+        if "_generated" in vars(self):
+            self._generated[self._graph] = self._code, type(self).forward
+        return made
+
+    def show_graphs(self, graphs: Graphs) -> None:
+        """Run other graphs, keeping the code of the present ones for when they come back."""
+        self._graphs = dict(graphs)
+        known = set(self._graphs.values()) | set(list(self._generated)[-_REMEMBERED:])
+        self._generated = {graph: made for graph, made in self._generated.items() if graph in known}
+        self._show(self._graphs[self.training])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # a compiled graph has its own guards, and a warning would break it
+        if not torch.compiler.is_compiling() and self.warns_of_hooks:
+            self._warn_of_hooks()
+        return super().__call__(*args, **kwargs)
+
+    def _warn_of_hooks(self) -> None:
+        """Say once that hooks were put on modules that this graph does not call."""
+        if not any(registry for _, registries in self._uncalled for registry in registries):
+            return
+        self.warns_of_hooks = False
+        names = ", ".join(name for name, registries in self._uncalled if any(registries))
+        warnings.warn(
+            f"hooks on {names} do not run: the transformed graph does not call them as modules. Pass "
+            "preserve_modules=[...] with their names to fxprop.transform, or put the hooks on before it.",
+            stacklevel=3,
+        )
 
     @property
     def graphs(self) -> Graphs:
@@ -116,7 +166,7 @@ class TracedModule(fx.GraphModule):
             )
         super().train(mode)
         if self._graph is not self._graphs[mode]:
-            self.graph = self._graphs[mode]
+            self._show(self._graphs[mode])
         return self
 
     def tree(self) -> nn.Module:
@@ -141,6 +191,18 @@ class TracedModule(fx.GraphModule):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # some classes that a module may also be an instance of define their own
         return self.__reduce__()
+
+
+def _uncalled(root: nn.Module, graph: fx.Graph) -> list[tuple[str, tuple[Mapping[int, Any], ...]]]:
+    """The modules in `root` that `graph` does not call, with where they keep their hooks."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+    def below(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
+
+    modules = root.named_modules()
+    return [(name, registries(module)) for name, module in modules if name and not below(name)]
 
 
 def copy_graphs(graphs: Graphs) -> Graphs:

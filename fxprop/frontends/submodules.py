@@ -20,6 +20,7 @@ from fxprop.errors import InputError, TraceError, ValuesNeededError
 from fxprop.frontends.attention import TraceableAttention, is_attention
 from fxprop.frontends.export import trace_exported
 from fxprop.frontends.fakes import Twin, has_values
+from fxprop.frontends.hooks import preserved
 from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import Graphs, TracedModule
 from fxprop.frontends.symbolic import LeafModules, TracedGraphs, bind_arguments, trace_modes
@@ -61,6 +62,7 @@ def trace_model(
     frontend: str,
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
     leaf_modules: LeafModules = (),
+    preserve_modules: LeafModules = (),
 ) -> Traced:
     """Graphs of all that can be traced of `model`.
 
@@ -68,13 +70,19 @@ def trace_model(
     >>> traced.frontend, "encoder.layer.0.intermediate" in traced.pieces
     ('submodules', True)
 
-    `frontend` is "auto", "symbolic" or "submodules"; `inputs` are (args, kwargs). Raises TraceError where
+    `frontend` is "auto", "symbolic", "submodules" or "export"; `inputs` are (args, kwargs);
+    `preserve_modules` are those that stay modules, with a graph of their own. Raises TraceError where
     a whole graph was asked for, or there are no inputs to see a run with, and torch.fx cannot trace it.
     """
     if frontend == "export":
+        if preserve_modules:
+            raise TraceError(
+                "the export front-end makes one graph of the whole model and cannot preserve modules; use "
+                'frontend="symbolic" or "submodules"'
+            )
         return trace_exported(model, inputs)
     given = bind_arguments(model, *inputs) if inputs is not None else {}
-    descent = _Descent(model, inputs, leaf_modules)
+    descent = _Descent(model, inputs, leaf_modules, preserved(model, preserve_modules))
     if frontend != "submodules":
         try:
             descent.trace("", model, given)
@@ -102,7 +110,9 @@ class _Descent:
         model: nn.Module,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
         leaf_modules: LeafModules,
+        preserve: frozenset[str],
     ) -> None:
+        self._preserve = preserve
         self._model, self._inputs, self._leaf_modules = model, inputs, leaf_modules
         self._graphs: dict[str, TracedGraphs] = {}
         self.untraced: dict[str, str] = {}
@@ -113,8 +123,9 @@ class _Descent:
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:
         """Take `module` as one graph; its leaves that hold more are visited on their own."""
         leaves: set[str] = set()
+        preserve = self._preserve - {path}
         while True:
-            names = [name.removeprefix(f"{path}.") for name in self._named_leaves()]
+            names = [name.removeprefix(f"{path}.") for name in (*self._named_leaves(), *preserve)]
             traced = trace_modes(module, given, [*self._leaf_types(), *names, *leaves])
             found = _wrappers(module, traced.graphs) - leaves if self._inputs is not None else set()
             if "" in found:
@@ -127,7 +138,7 @@ class _Descent:
         self._graphs[path] = traced
         for target in _called(traced.graphs):
             name, leaf = ".".join(filter(None, (path, target))), module.get_submodule(target)
-            if not is_readable(leaf) or self._is_users_leaf(name, leaf):
+            if name in preserve or not is_readable(leaf) or self._is_users_leaf(name, leaf):
                 self.visit(name, leaf, whole=target not in leaves)
 
     def visit(self, path: str, module: nn.Module, *, whole: bool = True) -> None:

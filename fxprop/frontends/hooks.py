@@ -1,0 +1,50 @@
+"""Hooks on modules: who has them, which modules must stay modules, and which hooks will never run."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxprop.errors import TraceError
+
+_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """The kinds of hooks that `module` has: ["forward_hooks"]."""
+    return [kind.strip("_") for kind in _KINDS if getattr(module, kind, None)]
+
+
+def registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The dictionaries in which `module` keeps its hooks."""
+    return tuple(getattr(module, kind) for kind in _KINDS)
+
+
+def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> frozenset[str]:
+    """The names of the modules in `model` that must go on being called as modules.
+
+    >>> preserved(resnet18, ["layer?.*", nn.MaxPool2d])
+
+    Those with hooks, and those asked for by class or by a glob on the name; TraceError names the near
+    misses of what matches none.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    found = {name for name, module in modules.items() if hooks_of(module)}
+    for wanted in asked_for:
+        if isinstance(wanted, str):
+            matching = fnmatch.filter(modules, wanted)
+            near = difflib.get_close_matches(wanted, modules, cutoff=0.4)
+        else:
+            matching = [name for name, module in modules.items() if isinstance(module, wanted)]
+            near = sorted({type(module).__name__ for module in modules.values()})
+        if not matching:
+            raise TraceError(
+                f"preserve_modules: {wanted!r} matches no module of {type(model).__name__}. "
+                f"Nearest: {', '.join(near) or 'none'}."
+            )
+        found.update(matching)
+    return frozenset(found)
