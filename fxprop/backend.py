@@ -67,13 +67,13 @@ class Backend:
         self.reports.append(
             make_report(
                 plan,
-                run,
+                None if run is None else run.backward_flops,
                 model=f"graph {len(self.graphs)}",
                 frontend=traced.frontend,
                 mode="train" if torch.is_grad_enabled() else "eval",
             )
         )
-        rewrite_model(traced, {traced.training: plan})
+        rewrite_model(traced.root, traced.pieces, {traced.training: plan})
         module = traced.pieces[""]
         # the inner backend gets what it would have got: a module of the class it knows
         rewritten = fx.GraphModule(gm, module.graph)

@@ -6,9 +6,8 @@ import difflib
 
 from torch import nn
 
-from fxprop.errors import ModelError
 from fxprop.frontends.module import TracedModule
-from fxprop.graph.rewrite import TRANSFORMED
+from fxprop.recipe import recipe_of
 
 
 def code_diff(gm: nn.Module) -> str:
@@ -25,17 +24,12 @@ def code_diff(gm: nn.Module) -> str:
     Empty if nothing was rewritten. For the mode (train or eval) the module is in. Raises ModelError for
     a module that does not come from `fxprop.transform`.
     """
-    require_transformed(gm)
-    parts = [
-        _diff(path, module)
-        for path, module in gm.named_modules()
-        if isinstance(module, TracedModule) and module.graphs_before is not None
-    ]
+    recipe_of(gm)
+    parts = [_diff(path, module) for path, module in gm.named_modules() if isinstance(module, TracedModule)]
     return "".join(parts)
 
 
 def _diff(path: str, module: TracedModule) -> str:
-    assert module.graphs_before is not None
     name = path or type(module).__name__
     before, after = (
         graphs[module.training].python_code("self").src for graphs in (module.graphs_before, module.graphs)
@@ -55,11 +49,3 @@ def generated_code(gm: nn.Module) -> str:
     if [path for path, _ in traced] == [""]:
         return str(traced[0][1].code).strip()
     return "\n\n".join(f"# {path or type(m).__name__}\n{m.code.strip()}" for path, m in traced)
-
-
-def require_transformed(gm: nn.Module) -> nn.Module:
-    """`gm` itself, if it comes from `fxprop.transform`; ModelError otherwise."""
-    made = isinstance(gm, nn.Module) and TRANSFORMED in vars(gm)
-    if not made:
-        raise ModelError(f"got {type(gm).__name__}: expected the module that fxprop.transform returned")
-    return gm

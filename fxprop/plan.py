@@ -143,6 +143,7 @@ class Sparsity:
     select: Select
     score: str
     bias: BiasGrad
+    sync_selection: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ Position = Literal["first", "output"]
 POSITIONS: tuple[Position, ...] = ("first", "output")
 
 CONDITIONS = ("name", "regex", "type", "position", "where")
-SETTINGS = ("keep", "k", "select", "score", "round_to", "bias")
+SETTINGS = ("keep", "k", "select", "score", "round_to", "bias", "sync_selection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Rule:
     score: str | None = None
     round_to: int | None = None
     bias: BiasGrad | None = None
+    sync_selection: bool | None = None
 
     def __post_init__(self) -> None:
         if all(getattr(self, condition) is None for condition in CONDITIONS):
@@ -116,6 +117,8 @@ class Policy:
         score: "l1", "l2", "random", or a name given to `fxprop.ops.register_score`.
         round_to: k is rounded up to a multiple of this, and capped at n.
         bias: "full" (bias gradient from all of grad_output) or "selected".
+        sync_selection: sum the scores over all processes of torch.distributed, so that every process
+            keeps the same channels; has no meaning for "element".
 
     For each site, in this order:
         1. what cannot be rewritten is skipped, with the reason;
@@ -133,12 +136,13 @@ class Policy:
     score: str = "l1"
     round_to: int = 1
     bias: BiasGrad = "full"
+    sync_selection: bool = False
     rules: Sequence[Rule] = ()
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
         _check_settings(self, "policy")
-        for setting in ("select", "score", "round_to", "bias"):
+        for setting in ("select", "score", "round_to", "bias", "sync_selection"):
             if getattr(self, setting) is None:
                 raise PolicyError(f"policy: {setting}=None: expected a value; leave it out for the default")
         rules = tuple(self.rules)
@@ -164,6 +168,19 @@ class Policy:
                     "Correct the rule, remove it, or pass allow_unmatched=True. "
                     "fxprop.layers(model, example_inputs) lists every name."
                 )
+
+    def with_keep(self, keep: float) -> Policy:
+        """This policy with another keep ratio wherever it is sparse; its 1.0 stay 1.0.
+
+        >>> Policy(keep=0.05, rules=[Rule(name="fc", keep=1.0), Rule(name="layer4.*", k=3)]).with_keep(0.2)
+        """
+        check_keep(keep, "keep")
+        sets_amount = [rule.k is not None or rule.keep not in (None, 1.0) for rule in self.rules]
+        rules = [
+            replace(rule, keep=keep, k=None) if sets else rule
+            for rule, sets in zip(self.rules, sets_amount, strict=True)
+        ]
+        return replace(self, keep=keep, k=None, rules=rules)
 
     def _decide(self, site: Site) -> Decision:
         if site.skip is not None:
@@ -191,7 +208,8 @@ class Policy:
         k = _kept(settings, n)
         if k == n:
             return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
-        sparsity = Sparsity(k, n, settings.select, settings.score, settings.bias)
+        sync = settings.sync_selection and settings.select == "channel"
+        sparsity = Sparsity(k, n, settings.select, settings.score, settings.bias, sync)
         return Decision(site, "rewritten", None, sparsity, decided_by)
 
     def _settings(self, rule: Rule | None) -> Policy:
@@ -260,6 +278,8 @@ def _check_settings(settings: Policy | Rule, where: str) -> None:
         raise PolicyError(f"{where}: select={settings.select!r}: expected one of {', '.join(SELECTS)}")
     if settings.bias is not None and settings.bias not in BIAS_GRADS:
         raise PolicyError(f"{where}: bias={settings.bias!r}: expected one of {', '.join(BIAS_GRADS)}")
+    if settings.sync_selection is not None and not isinstance(settings.sync_selection, bool):
+        raise PolicyError(f"{where}: sync_selection={settings.sync_selection!r}: expected true or false")
     if settings.score is not None:
         get_score(settings.score)
 

@@ -30,13 +30,12 @@ from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
 from fxprop.graph.calls import SparseCode
 from fxprop.graph.match import find_sites, with_positions_of
-from fxprop.graph.rewrite import TRANSFORMED, rewrite_model
+from fxprop.graph.rewrite import rewrite_model
 from fxprop.graph.verify import verify_state
-from fxprop.inspect import require_transformed
-from fxprop.plan import Plan, Site
+from fxprop.plan import Site
 from fxprop.policy import Policy
 from fxprop.policy_files import PolicyLike, as_policy
-from fxprop.report.flops import make_report
+from fxprop.recipe import Recipe, attach, detach, recipe_of
 from fxprop.report.report import Report
 
 Frontend = Literal["auto", "symbolic", "submodules", "export"]
@@ -94,7 +93,7 @@ def transform(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    return Transformed(stages.rewritten(model), stages.report())
+    return Transformed(stages.rewritten(model), stages.recipe.report(stages.traced.training))
 
 
 def estimate(
@@ -119,7 +118,7 @@ def estimate(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    return stages.report()
+    return stages.recipe.report(stages.traced.training)
 
 
 def layers(
@@ -154,14 +153,14 @@ def restore(gm: nn.Module) -> nn.Module:
 
     `gm` is not changed. Raises ModelError for a module that `transform` did not return.
     """
-    require_transformed(gm)
+    recipe_of(gm)
     dense = copy_tree(gm)
     for module in list(dense.modules()):
         if isinstance(module, SparseCode):
             module.uninstall()
-        elif isinstance(module, TracedModule) and module.graphs_before is not None:
-            module.replace_graphs(copy_graphs(module.graphs_before), None)
-    del dense.__dict__[TRANSFORMED]
+        elif isinstance(module, TracedModule):
+            module.show_version((), copy_graphs(module.graphs_before))
+    detach(dense)
     return dense
 
 
@@ -169,10 +168,8 @@ def restore(gm: nn.Module) -> nn.Module:
 class _Stages:
     """The stages up to the plan, for each mode that has a graph of its own."""
 
-    name: str
     traced: Traced
-    runs: Mapping[bool, Run | None]
-    plans: Mapping[bool, Plan]
+    recipe: Recipe
 
     @classmethod
     def run(
@@ -208,39 +205,46 @@ class _Stages:
         plans = {mode: resolved.resolve(of_mode) for mode, of_mode in sites.items()}
         if not has_inputs:
             check_needs_no_shapes(plans)
-        return cls(type(model).__name__, traced, runs, plans)
+        recipe = Recipe(
+            resolved,
+            plans,
+            {mode: None if run is None else run.backward_flops for mode, run in runs.items()},
+            model=type(model).__name__,
+            frontend=traced.frontend,
+            note=_note(here, runs),
+            untraced=traced.untraced,
+        )
+        return cls(traced, recipe)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(d.site for d in self.plans[self.traced.training].decisions)
-
-    def report(self) -> Report:
-        mode = self.traced.training
-        run = self.runs[mode]
-        notes = []
-        if len(self.plans) > 1:
-            other = "eval" if mode else "train"
-            notes.append(
-                f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
-            )
-        if run is not None and run.real:
-            notes.append(
-                "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
-                "other inputs may take other ways through it."
-            )
-        return make_report(
-            self.plans[mode],
-            run,
-            model=self.name,
-            frontend=self.traced.frontend,
-            mode="train" if mode else "eval",
-            note=" ".join(notes),
-            untraced=self.traced.untraced,
-        )
+        return tuple(d.site for d in self.recipe.plans[self.traced.training].decisions)
 
     def rewritten(self, model: nn.Module) -> nn.Module:
-        rewrite_model(self.traced, self.plans)
-        verify_state(model, self.traced.root)
-        return self.traced.root
+        root, pieces = self.traced.root, self.traced.pieces
+        with_layers = {site.graph for site in self.recipe.sites if site.skip is None}
+        for path in list(pieces):
+            if path and not any(other == path or other.startswith(f"{path}.") for other in with_layers):
+                pieces.pop(path).uninstall()  # no policy can change it: it stays the module that it was
+        rewrite_model(root, pieces, self.recipe.plans)
+        attach(root, self.recipe)
+        verify_state(model, root)
+        return root
+
+
+def _note(here: bool, runs: Mapping[bool, Run | None]) -> str:
+    notes = []
+    if len(runs) > 1:
+        other = "eval" if here else "train"
+        notes.append(
+            f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
+        )
+    run = runs[here]
+    if run is not None and run.real:
+        notes.append(
+            "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
+            "other inputs may take other ways through it."
+        )
+    return " ".join(notes)
 
 
 def _run(traced: Traced, mode: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,17 @@ from fxprop.frontends.tree import copy_tree
 # training mode -> graph; a missing mode could not be traced
 Graphs = Mapping[bool, fx.Graph]
 
-_OWN = ("_graphs", "_before", "_untraced", "_base", "_generated", "_uncalled", "warns_of_hooks")
-# how many graphs that do not run keep their generated code
+_OWN = (
+    "_graphs",
+    "_before",
+    "_untraced",
+    "_base",
+    "_versions",
+    "_generated",
+    "_uncalled",
+    "warns_of_hooks",
+)
+# how many versions of a rewrite are kept
 _REMEMBERED = 32
 _GRAPH_MODULE = tuple(set(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - set(vars(nn.Module())))
 
@@ -33,7 +42,7 @@ class TracedModule(fx.GraphModule):
     """A GraphModule with its whole module tree, switching graphs with train() and eval().
 
     `root` is the module tree, which the new module adopts without copying; `graphs` are its graphs;
-    `before` the graphs before a rewrite; `untraced` why a missing mode is missing.
+    `before` the graphs before a rewrite, if there was one; `untraced` why a missing mode is missing.
     """
 
     def __init__(
@@ -88,8 +97,9 @@ class TracedModule(fx.GraphModule):
 
     def _set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
         self._graphs = dict(graphs)
-        self._before = None if before is None else dict(before)
+        self._before = dict(graphs if before is None else before)
         self._untraced = untraced
+        self._versions: dict[Hashable, Graphs] = {}
         # graph -> its generated code and forward: code that comes back is the same code object, which
         # torch.compile has compiled already
         self._generated: dict[fx.Graph, tuple[Any, Any]] = {}
@@ -112,11 +122,21 @@ class TracedModule(fx.GraphModule):
             self._generated[self._graph] = self._code, type(self).forward
         return made
 
-    def show_graphs(self, graphs: Graphs) -> None:
-        """Run other graphs, keeping the code of the present ones for when they come back."""
-        self._graphs = dict(graphs)
-        known = set(self._graphs.values()) | set(list(self._generated)[-_REMEMBERED:])
-        self._generated = {graph: made for graph, made in self._generated.items() if graph in known}
+    def version(self, key: Hashable) -> Graphs | None:
+        """The graphs that were shown under `key`, if they are remembered."""
+        return self._versions.get(key)
+
+    def show_version(self, key: Hashable, graphs: Graphs) -> None:
+        """Run other graphs, made from those before the rewrite.
+
+        The last few versions are remembered with their generated code.
+        """
+        self._versions.pop(key, None)
+        self._versions[key] = self._graphs = dict(graphs)
+        for oldest in list(self._versions)[:-_REMEMBERED]:
+            del self._versions[oldest]
+        shown = {graph for of_modes in self._versions.values() for graph in of_modes.values()}
+        self._generated = {graph: made for graph, made in self._generated.items() if graph in shown}
         self._show(self._graphs[self.training])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,18 +163,14 @@ class TracedModule(fx.GraphModule):
         return self._graphs
 
     @property
-    def graphs_before(self) -> Graphs | None:
-        """The graphs before the rewrite; None if the module was never rewritten."""
+    def graphs_before(self) -> Graphs:
+        """The graphs before the rewrite."""
         return self._before
 
     @property
     def untraced(self) -> str:
         """Why one mode has no graph; empty if both have."""
         return self._untraced
-
-    def replace_graphs(self, graphs: Graphs, before: Graphs | None) -> None:
-        """Take other graphs, and others as those before the rewrite."""
-        self._set(graphs, before, self._untraced)
 
     def train(self, mode: bool = True) -> TracedModule:
         """Set train or eval mode, and the graph that belongs to it."""
@@ -179,12 +195,12 @@ class TracedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         tree = copy.deepcopy(self.tree(), memo)
         graphs = copy_graphs(self._graphs)
-        before = None if self._before is None else copy_graphs(self._before)
+        before = copy_graphs(self._before)
         return _build(tree, graphs, type(self).__name__, before, self._untraced)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tree = self.tree()
-        before = None if self._before is None else _as_modules(tree, self._before)
+        before = _as_modules(tree, self._before)
         state = (tree, _as_modules(tree, self._graphs), type(self).__name__, before, self._untraced)
         return _from_modules, state
 
@@ -211,9 +227,7 @@ def copy_graphs(graphs: Graphs) -> Graphs:
     return {mode: twins[id(graph)] for mode, graph in graphs.items()}
 
 
-def _build(
-    tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs | None, untraced: str
-) -> TracedModule:
+def _build(tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs, untraced: str) -> TracedModule:
     if type(tree) is nn.Module:
         return TracedModule(tree, graphs, class_name, before, untraced)
     return TracedModule.install(tree, graphs, before, untraced)
@@ -229,10 +243,10 @@ def _from_modules(
     tree: nn.Module,
     modules: Mapping[bool, fx.GraphModule],
     class_name: str,
-    before: Mapping[bool, fx.GraphModule] | None,
+    before: Mapping[bool, fx.GraphModule],
     untraced: str,
 ) -> TracedModule:
     def graphs(of: Mapping[bool, fx.GraphModule]) -> Graphs:
         return {mode: module.graph for mode, module in of.items()}
 
-    return _build(tree, graphs(modules), class_name, None if before is None else graphs(before), untraced)
+    return _build(tree, graphs(modules), class_name, graphs(before), untraced)

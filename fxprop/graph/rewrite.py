@@ -1,65 +1,82 @@
 """Plan to rewritten model.
 
-Takes a Traced model and the Plan for each mode; changes the model's graphs so that every site that the
+Takes traced modules and the Plan for each mode; changes their graphs so that every site that the
 plan rewrites calls its `fxprop.ops` function. What the plan leaves is not touched.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from fxprop.errors import RewriteError
-from fxprop.frontends.module import TracedModule
-from fxprop.frontends.traced import Traced
+from fxprop.frontends.module import Graphs, TracedModule
 from fxprop.graph.calls import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
-from fxprop.ops.common import Keep
+from fxprop.ops.select import Keep
 from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
 from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
 # the one key that fxprop writes to node.meta: the node's Decision
 META_KEY = "fxprop"
 
-# the attribute that marks a model that `transform` returned
-TRANSFORMED = "_fxprop_transformed"
 
+def rewrite_model(root: nn.Module, pieces: Mapping[str, TracedModule], plans: Mapping[bool, Plan]) -> None:
+    """Bring the traced modules in `root`, and its code without a graph, into the form the plans say.
 
-def rewrite_model(traced: Traced, plans: Mapping[bool, Plan]) -> None:
-    """Rewrite every graph of `traced`, and the code without a graph, by the plans for its modes."""
-    here = traced.training
-    for path, piece in traced.pieces.items():
-        before = piece.graphs
-        graphs: dict[bool, fx.Graph] = {}
-        for mode in sorted(before, key=lambda mode: mode != here):
-            if mode != here and before[mode] is before.get(here):
-                graphs[mode] = graphs[here]
-                continue
-            decisions = _of_graph(plans[mode], path)
-            graphs[mode] = rewrite(before[mode], decisions)
-            verify_graph(before[mode], graphs[mode], decisions)
-        rewritten = any(rewritten_nodes(graph) for graph in graphs.values())
-        if path and not rewritten and not _holds_pieces(path, traced):
-            piece.uninstall()  # nothing of it changes: it stays the module that it was
-            continue
-        piece.replace_graphs(graphs, before)
-    for path in traced.products:
-        products: dict[str, dict[int, Sparsity]] = {}
-        for decision in (d for plan in plans.values() for d in plan.rewritten):
-            if not decision.site.is_node and decision.site.graph == path and decision.sparsity:
-                of_parameter = products.setdefault(parameter_of(decision.site), {})
-                of_parameter[decision.sparsity.n] = decision.sparsity
+    `pieces` are the traced modules by name; the plan of one mode serves a graph that both modes share.
+    The graphs are made from those before the first rewrite, so that this can be done again with other
+    plans. Nothing changes unless all of them can be made.
+    """
+    made = {path: _rewritten_graphs(piece, path, plans) for path, piece in pieces.items()}
+    for path, (key, graphs) in made.items():
+        pieces[path].show_version(key, graphs)
+    for path, products in _products(plans).items():
+        module = root.get_submodule(path)
+        if isinstance(module, SparseCode):
+            module.uninstall()
         if products:
-            SparseCode.install(traced.root.get_submodule(path), products)
-    vars(traced.root)[TRANSFORMED] = True
+            SparseCode.install(module, products)
 
 
-def _holds_pieces(path: str, traced: Traced) -> bool:
-    return any(other.startswith(f"{path}.") for other in traced.pieces)
+def _rewritten_graphs(
+    piece: TracedModule, path: str, plans: Mapping[bool, Plan]
+) -> tuple[Hashable, Graphs]:
+    """The graphs of `piece` by the plans, and what tells this version of it from others."""
+    of_mode = {
+        mode: _of_graph(plans[mode if mode in plans else not mode], path) for mode in piece.graphs_before
+    }
+    key = tuple((mode, d.site.node, d.sparsity) for mode, of in of_mode.items() for d in of)
+    if not key:
+        return key, piece.graphs_before
+    known = piece.version(key)
+    if known is not None:
+        return key, known
+    graphs: dict[bool, fx.Graph] = {}
+    for mode, before in sorted(piece.graphs_before.items(), key=lambda item: item[0] != piece.training):
+        if graphs.get(not mode) is not None and before is piece.graphs_before[not mode]:
+            graphs[mode] = graphs[not mode]
+            continue
+        graphs[mode] = rewrite(before, of_mode[mode])
+        verify_graph(before, graphs[mode], of_mode[mode])
+    return key, graphs
+
+
+def _products(plans: Mapping[bool, Plan]) -> dict[str, dict[str, dict[int, Sparsity]]]:
+    """Module without a graph -> parameter -> n -> what is kept; no parameters where all stays dense."""
+    found: dict[str, dict[str, dict[int, Sparsity]]] = {}
+    for decision in (decision for plan in plans.values() for decision in plan.decisions):
+        site, sparsity = decision.site, decision.sparsity
+        if site.is_node or site.skip is not None:
+            continue
+        products = found.setdefault(site.graph, {})
+        if sparsity is not None:
+            products.setdefault(parameter_of(site), {})[sparsity.n] = sparsity
+    return found
 
 
 def _of_graph(plan: Plan, path: str) -> tuple[Decision, ...]:
@@ -111,7 +128,7 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
             for name, value in call.constants.items()
         }
     args, kwargs = arguments(Product(site.op, input_, weight, bias, constants))
-    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias)
+    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias, sparsity.sync_selection)
     # changed in place: the name, the users and the metadata stay
     node.op = "call_function"
     node.target = OPERATORS[site.op]

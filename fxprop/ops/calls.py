@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxprop.ops.attention import decomposed_forward
-from fxprop.ops.common import Keep
+from fxprop.ops.select import Keep
 from fxprop.ops.sizes import sizes
 from fxprop.ops.table import OPERATORS, Product, arguments, read, takes_bias
 from fxprop.plan import Sparsity
@@ -113,7 +113,7 @@ class SparseProducts(ProductMode):
         if n != sparsity.n and sparsity.select == "channel":
             k = max(1, int(k * n / sparsity.n + 0.5))
         args, kwargs = arguments(product)
-        keep = Keep(k, sparsity.select, sparsity.score, sparsity.bias)
+        keep = Keep(k, sparsity.select, sparsity.score, sparsity.bias, sparsity.sync_selection)
         return OPERATORS[product.op](*args, **kwargs, **keep.arguments(takes_bias(product.op)))
 
 

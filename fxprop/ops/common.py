@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from fxprop.errors import OpError
-from fxprop.ops.select import get_score
-from fxprop.plan import BIAS_GRADS, SELECTS, BiasGrad, Select
+from fxprop.ops.select import Keep, get_score
+from fxprop.plan import BIAS_GRADS, SELECTS
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Keep(NamedTuple):
-    """The sparsity of one call: constants that travel beside the tensors."""
-
-    k: int
-    select: Select
-    score: str
-    bias_grad: BiasGrad
-
-    def arguments(self, takes_bias: bool = True) -> dict[str, Any]:
-        """As keywords of a call, without the default that generated code leaves out."""
-        keywords = self._asdict()
-        if not takes_bias or self.bias_grad == "full":
-            del keywords["bias_grad"]
-        return keywords
 
 
 def public(function: F) -> F:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxprop.ops.common import Keep, autocast, check_keep, needs_backward, public
+from fxprop.ops.common import autocast, check_keep, needs_backward, public
 from fxprop.ops.conv_backward import Geometry, SparseConv
+from fxprop.ops.select import Keep
 from fxprop.plan import BiasGrad, Select
 
 IntOrInts = int | Sequence[int]
@@ -108,6 +109,7 @@ def conv1d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose backward uses only the top-k part of grad_output.
 
@@ -116,7 +118,7 @@ def conv1d(
     input [N, C_in, L] or [C_in, L], weight [C_out, C_in/groups, kL]; dtypes, `select`,
     `score`, `bias_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(conv1d, F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -134,6 +136,7 @@ def conv2d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose backward uses only the top-k part of grad_output.
 
@@ -157,7 +160,7 @@ def conv2d(
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,
     section 3.3, applied to output channels ("channel").
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(conv2d, F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -175,6 +178,7 @@ def conv3d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose backward uses only the top-k part of grad_output.
 
@@ -183,5 +187,5 @@ def conv3d(
     input [N, C_in, D, H, W] or [C_in, D, H, W], weight [C_out, C_in/groups, kD, kH, kW]; dtypes, `select`,
     `score`, `bias_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(conv3d, F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import pointwise
-from fxprop.ops.common import Keep, refuse_double_backward
-from fxprop.ops.select import mask_elements, select_channels
+from fxprop.ops.common import refuse_double_backward
+from fxprop.ops.select import Keep, mask_elements, select_channels
 
 
 class Geometry(NamedTuple):
@@ -78,14 +78,14 @@ def _backward(
 
     wanted = (needs_input, needs_weight)
     if keep.select == "element":
-        flat = mask_elements(grad_output.flatten(1), keep.k, keep.score)
+        flat = mask_elements(grad_output.flatten(1), keep)
         grad = flat.view(grad_output.shape)
         grad_input, grad_weight = _dense(grad, input, weight, geometry, geometry.groups, wanted)
         return grad_input, grad_weight, grad.sum(summed) if needs_bias else grad_bias
 
     out_channels, groups = geometry.out_channels(weight), geometry.groups
     depthwise = groups == out_channels
-    kept = select_channels(grad_output, 1, 1 if depthwise else groups, keep.k, keep.score)
+    kept = select_channels(grad_output, 1, 1 if depthwise else groups, keep)
     grad = grad_output.index_select(1, kept)
     if depthwise and groups > 1:
         grad_input, grad_weight = _depthwise(grad, input, weight, geometry, kept, wanted)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fxprop.ops.common import Keep, autocast, check_keep, needs_backward, public
+from fxprop.ops.common import autocast, check_keep, needs_backward, public
 from fxprop.ops.conv import IntOrInts, expand
 from fxprop.ops.conv_backward import Geometry, SparseConv
+from fxprop.ops.select import Keep
 from fxprop.plan import BiasGrad, Select
 
 
@@ -83,6 +84,7 @@ def conv_transpose1d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose backward uses only the top-k part of grad_output.
 
@@ -92,7 +94,7 @@ def conv_transpose1d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(
         conv_transpose1d,
         F.conv_transpose1d,
@@ -124,6 +126,7 @@ def conv_transpose2d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose backward uses only the top-k part of grad_output.
 
@@ -133,7 +136,7 @@ def conv_transpose2d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(
         conv_transpose2d,
         F.conv_transpose2d,
@@ -165,6 +168,7 @@ def conv_transpose3d(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose backward uses only the top-k part of grad_output.
 
@@ -174,7 +178,7 @@ def conv_transpose3d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     return _convolve(
         conv_transpose3d,
         F.conv_transpose3d,

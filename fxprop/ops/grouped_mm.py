@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
-from fxprop.ops.common import Keep, check_keep, needs_backward, public, refuse_double_backward
-from fxprop.ops.select import mask_elements
+from fxprop.ops.common import check_keep, needs_backward, public, refuse_double_backward
+from fxprop.ops.select import Keep, mask_elements, summed_over_processes
 from fxprop.plan import Select
 
 # the kernels want rows that start at multiples of 16 bytes
@@ -50,9 +50,9 @@ def _backward(
     index = None
     kept_weight = mat_b
     if keep.select == "element":
-        grad = mask_elements(grad, keep.k, keep.score)
+        grad = mask_elements(grad, keep)
     else:
-        scores = _scores(grad, expert, experts, keep.score)
+        scores = _scores(grad, expert, experts, keep)
         kept = scores.topk(keep.k, dim=1).indices  # [experts, k]
         grad = _pad(grad.gather(1, kept[expert.clamp(max=experts - 1)]))
         index = kept[:, None, :].expand(-1, mat_b.shape[1], -1)
@@ -67,15 +67,16 @@ def _backward(
     return grad_a, grad_b
 
 
-def _scores(grad: Tensor, expert: Tensor, experts: int, score: str) -> Tensor:
+def _scores(grad: Tensor, expert: Tensor, experts: int, keep: Keep) -> Tensor:
     """[experts, out_features]: each expert's norms over its own rows, in float32 for half types."""
     dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
-    if score == "random":
-        return torch.rand(experts, grad.shape[1], device=grad.device)
-    powers = grad.to(dtype).abs() if score == "l1" else grad.to(dtype).square()
+    powers = grad.to(dtype).square() if keep.score == "l2" else grad.to(dtype).abs()
     # one more for rows past the last offset, which belong to no expert
     sums = powers.new_zeros(experts + 1, grad.shape[1]).index_add_(0, expert, powers)
-    return sums[:experts]  # the root of l2 would not change the order
+    scores = sums[:experts]  # the root of l2 would not change the order
+    if keep.score == "random":
+        scores = torch.rand_like(scores) + 0 * scores  # NaN where an entry is not finite
+    return summed_over_processes(scores) if keep.sync_selection else scores
 
 
 def _pad(tensor: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ def grouped_mm(
     k: int,
     select: Select = "channel",
     score: str = "l1",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.grouped_mm` whose backward uses only the top-k part of grad_output.
 
@@ -108,7 +110,7 @@ def grouped_mm(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward.
     """
-    keep = Keep(k, select, score, "full")
+    keep = Keep(k, select, score, "full", sync_selection)
     tensors = (mat_a, mat_b, offs)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.ops.common import (
-    Keep,
     autocast,
     check_keep,
     needs_backward,
     public,
     refuse_double_backward,
 )
-from fxprop.ops.select import mask_elements, select_channels
+from fxprop.ops.select import Keep, mask_elements, select_channels
 from fxprop.plan import BiasGrad, Select
 
 
@@ -76,10 +75,10 @@ def _backward(
         return None, None, grad_bias
 
     if keep.select == "element":
-        grad = mask_elements(grad, keep.k, keep.score)
+        grad = mask_elements(grad, keep)
         kept_weight, kept = weight, None
     else:
-        kept = select_channels(grad, 1, 1, keep.k, keep.score)
+        kept = select_channels(grad, 1, 1, keep)
         grad = grad.index_select(1, kept)  # [rows, k]
         kept_weight = weight.index_select(0, kept)  # [k, in_features]
 
@@ -106,6 +105,7 @@ def linear(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.linear` whose backward uses only the top-k part of grad_output.
 
@@ -125,7 +125,7 @@ def linear(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     if has_torch_function((input, weight, bias)):
         traced: Tensor = handle_torch_function(
             linear, (input, weight, bias), input, weight, bias, **keep.arguments()

@@ -17,14 +17,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops.common import (
-    Keep,
     autocast,
     check_keep,
     needs_backward,
     public,
     refuse_double_backward,
 )
-from fxprop.ops.select import get_score, mask_elements
+from fxprop.ops.select import Keep, channel_scores, mask_elements
 from fxprop.plan import BiasGrad, Select
 
 # which operand is the weight
@@ -171,11 +170,11 @@ def _backward(
     w = _arrange(weight, of.weight, batch, contracted, features)
     kept = None
     if keep.select == "element":
-        grad = mask_elements(grad.flatten(0, 1), keep.k, keep.score).view(grad.shape)
+        grad = mask_elements(grad.flatten(0, 1), keep).view(grad.shape)
         kept_weight = w
     else:
         # [rows, batch, features]: scores reduce a leading dimension
-        scores = get_score(keep.score)(grad.transpose(0, 1), (0,))
+        scores = channel_scores(grad.transpose(0, 1), (0,), keep)
         kept = scores.topk(min(keep.k, scores.shape[1]), dim=1).indices  # [batch, k]
         grad, kept_weight = _take(grad, kept), _take(w, kept)
     grad_input = grad_weight = None
@@ -269,6 +268,7 @@ def matmul(
     k: int,
     select: Select = "channel",
     score: str = "l1",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.matmul` (also mm, bmm and @) whose backward uses only the top-k part of grad_output.
 
@@ -284,7 +284,7 @@ def matmul(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, "full")
+    keep = Keep(k, select, score, "full", sync_selection)
     if has_torch_function((input, other)):
         traced: Tensor = handle_torch_function(
             matmul, (input, other), input, other, weight=weight, **keep.arguments()
@@ -306,6 +306,7 @@ def addmm(
     select: Select = "channel",
     score: str = "l1",
     bias_grad: BiasGrad = "full",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.addmm` whose backward uses only the top-k part of grad_output; `mat2` is the weight.
 
@@ -314,7 +315,7 @@ def addmm(
     The gradient of `input`, the bias, is that of all of grad_output, or with bias_grad="selected" of
     what was kept. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, bias_grad)
+    keep = Keep(k, select, score, bias_grad, sync_selection)
     tensors = (input, mat1, mat2)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(
@@ -333,6 +334,7 @@ def einsum(
     k: int,
     select: Select = "channel",
     score: str = "l1",
+    sync_selection: bool = False,
 ) -> Tensor:
     """`torch.einsum` of two operands whose backward uses only the top-k part of grad_output.
 
@@ -341,7 +343,7 @@ def einsum(
     `equation` names every index (no ellipsis); those of the weight and the output alone are the output
     features. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, "full")
+    keep = Keep(k, select, score, "full", sync_selection)
     if has_torch_function(operands):
         traced: Tensor = handle_torch_function(
             einsum, operands, equation, *operands, weight=weight, **keep.arguments()

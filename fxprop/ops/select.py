@@ -7,17 +7,38 @@ synchronises with the host.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fxprop.errors import PolicyError
+from fxprop.plan import BiasGrad, Select
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
 Score = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class Keep(NamedTuple):
+    """The sparsity of one call: constants that travel beside the tensors."""
+
+    k: int
+    select: Select
+    score: str
+    bias_grad: BiasGrad = "full"
+    sync_selection: bool = False
+
+    def arguments(self, takes_bias: bool = True) -> dict[str, Any]:
+        """As keywords of a call, without the defaults that generated code leaves out."""
+        keywords = self._asdict()
+        if not takes_bias or self.bias_grad == "full":
+            del keywords["bias_grad"]
+        if not self.sync_selection:
+            del keywords["sync_selection"]
+        return keywords
+
 
 # entries that stay in a core's cache between two passes over them
 _CACHED = 2**18
@@ -52,6 +73,9 @@ def _random(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
     kept = [size for dim, size in enumerate(grad_output.shape) if dim not in dims]
     return torch.rand(kept, device=grad_output.device)
 
+
+# scores that are not finite where grad_output is not; topk takes NaN for the largest
+_SEE_NONFINITE = ("l1", "l2")
 
 _SCORES: dict[str, Score] = {"l1": _l1, "l2": _l2, "random": _random}
 
@@ -88,30 +112,55 @@ def get_score(name: str) -> Score:
         ) from None
 
 
-def select_channels(grad_output: Tensor, channel_dim: int, groups: int, k: int, score: str) -> Tensor:
+def channel_scores(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Tensor:
+    """The scores over `dims`; NaN where a channel has an entry that is not finite and the score hides it.
+
+    So whatever the score, such a channel is among the kept, and a GradScaler sees it in the gradients.
+    With `keep.sync_selection` they are summed over all processes (the squares of l2).
+    """
+    scores = get_score(keep.score)(grad_output, dims)
+    if keep.score not in _SEE_NONFINITE:
+        scores = scores + 0 * _l1(grad_output, dims)
+    if not keep.sync_selection:
+        return scores
+    return summed_over_processes(scores.square() if keep.score == "l2" else scores)
+
+
+def summed_over_processes(scores: Tensor) -> Tensor:
+    """`scores` as all processes of the default group have them together; alone, as they are."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return scores
+    scores = scores.contiguous()
+    distributed.all_reduce(scores)
+    return scores
+
+
+def select_channels(grad_output: Tensor, channel_dim: int, groups: int, keep: Keep) -> Tensor:
     """Indices of the kept output channels, int64 [k * groups], group after group.
 
     `channel_dim` is non-negative. The same number k is kept in each of `groups` equal runs of channels
     (1706.06197, section 3.3 "unified" for groups = 1). Ties are broken as torch.topk breaks them.
     """
     dims = tuple(d for d in range(grad_output.dim()) if d != channel_dim)
-    scores = get_score(score)(grad_output, dims)
+    scores = channel_scores(grad_output, dims, keep)
     if groups == 1:
-        return scores.topk(k).indices
+        return scores.topk(keep.k).indices
     per_group = scores.numel() // groups
-    kept = scores.view(groups, per_group).topk(k, dim=1).indices
+    kept = scores.view(groups, per_group).topk(keep.k, dim=1).indices
     offsets = torch.arange(0, scores.numel(), per_group, device=kept.device)
     return (kept + offsets[:, None]).flatten()
 
 
-def mask_elements(grad_output: Tensor, k: int, score: str) -> Tensor:
+def mask_elements(grad_output: Tensor, keep: Keep) -> Tensor:
     """`grad_output` [examples, n] with all but the top-k entries of each row set to zero.
 
     meProp's top-k per example (1706.06197, equation 5). k is capped at n: a smaller image than the one
-    the plan was made for has fewer entries.
+    the plan was made for has fewer entries. An entry that is not finite ranks highest.
     """
     # for one entry both norms are its magnitude
-    by_magnitude = score in ("l1", "l2")
-    scores = grad_output.abs() if by_magnitude else get_score(score)(grad_output, ())
-    kept = scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
+    if keep.score in _SEE_NONFINITE:
+        scores = grad_output.abs()
+    else:
+        scores = get_score(keep.score)(grad_output, ()) + 0 * grad_output
+    kept = scores.topk(min(keep.k, scores.shape[1]), dim=1, sorted=False).indices
     return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fxprop.frontends.record import Run
 from fxprop.plan import Decision, Plan, Sparsity
 from fxprop.report.report import Gradients, Layer, Report
 
 
 def make_report(
     plan: Plan,
-    run: Run | None,
+    backward_flops: int | None,
     *,
     model: str,
     frontend: str,
@@ -24,12 +23,15 @@ def make_report(
     note: str = "",
     untraced: Mapping[str, str] | None = None,
 ) -> Report:
-    """The report on `plan`; without a `run` the numbers that need shapes are None."""
-    layers = tuple(_layer(decision, counted=run is not None) for decision in plan.decisions)
+    """The report on `plan`, for a model whose whole dense backward takes `backward_flops`.
+
+    Where that is None, shapes are unknown and so are the numbers.
+    """
+    layers = tuple(_layer(decision, counted=backward_flops is not None) for decision in plan.decisions)
     other = None
-    if run is not None:
-        # whatever the run's backward did beyond the listed layers: attention products, skipped layers
-        other = run.backward_flops - sum(layer.dense.total for layer in layers if layer.dense)
+    if backward_flops is not None:
+        # whatever the backward does beyond the listed layers: attention products, skipped layers
+        other = backward_flops - sum(layer.dense.total for layer in layers if layer.dense)
     return Report(
         model=model,
         frontend=frontend,
