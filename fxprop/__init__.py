@@ -12,11 +12,15 @@ from fxprop.ops.table import register_site
 from fxprop.policy import Policy, Rule
 from fxprop.policy_files import load_policy
 from fxprop.report.report import Report
+from fxprop.train import schedules
+from fxprop.train.keep import set_keep
+from fxprop.train.scheduler import KeepScheduler
 from fxprop.transform import Transformed, estimate, layers, restore, transform
 from fxprop.version import __version__
 
 __all__ = [
     "FxpropError",
+    "KeepScheduler",
     "Policy",
     "Report",
     "Rule",
@@ -30,5 +34,7 @@ __all__ = [
     "ops",
     "register_site",
     "restore",
+    "schedules",
+    "set_keep",
     "transform",
 ]

@@ -90,6 +90,11 @@ def detach(gm: nn.Module) -> None:
     del vars(gm)[_ATTRIBUTE]
 
 
+def is_transformed(module: nn.Module) -> bool:
+    """Whether `fxprop.transform` returned `module`."""
+    return _ATTRIBUTE in vars(module)
+
+
 def recipe_of(gm: nn.Module) -> Recipe:
     """The recipe of a module that `fxprop.transform` returned; ModelError for any other."""
     recipe = vars(gm).get(_ATTRIBUTE) if isinstance(gm, nn.Module) else None

@@ -19,9 +19,9 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [kind.strip("_") for kind in _KINDS if getattr(module, kind, None)]
 
 
-def registries(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """The dictionaries in which `module` keeps its hooks."""
-    return tuple(getattr(module, kind) for kind in _KINDS)
+def registries(module: nn.Module) -> dict[str, Mapping[int, Any]]:
+    """The dictionaries in which `module` keeps its hooks, by their kind."""
+    return {kind: getattr(module, kind) for kind in _KINDS}
 
 
 def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> frozenset[str]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from fxprop.errors import TraceError
+from fxprop.frontends.generated import generated_class, in_place_of, sibling
 from fxprop.frontends.hooks import registries
 from fxprop.frontends.tree import copy_tree
 
@@ -100,26 +101,39 @@ class TracedModule(fx.GraphModule):
         self._before = dict(graphs if before is None else before)
         self._untraced = untraced
         self._versions: dict[Hashable, Graphs] = {}
-        # graph -> its generated code and forward: code that comes back is the same code object, which
-        # torch.compile has compiled already
-        self._generated: dict[fx.Graph, tuple[Any, Any]] = {}
+        # graph -> its generated code, and the class that has it as forward
+        self._generated: dict[fx.Graph, tuple[Any, type[nn.Module]]] = {}
         self.warns_of_hooks = True
         self._show(self._graphs[self.training])
 
     def _show(self, graph: fx.Graph) -> None:
-        """Run `graph` from now on."""
+        """Run `graph` from now on.
+
+        Each graph has a class of its own, and keeps it: torch.compile tells modules apart by their class
+        and code by its code object, and knows both again when a graph comes back.
+        """
         if graph in self._generated:
             self._graph = graph
-            self._code, type(self).forward = self._generated[graph]
+            self._code, generated = self._generated[graph]
+            self.__class__ = in_place_of(type(self), generated)  # type: ignore[assignment]
         else:
+            if self._generated:
+                self.__class__ = in_place_of(type(self), sibling(type(self)))  # type: ignore[assignment]
             self.graph = graph
         self._uncalled = _uncalled(self, graph)
 
     def recompile(self) -> Any:
         """Regenerate the code from the graph, as after editing it."""
-        made = super().recompile()
+        outer = type(self)
+        generated = generated_class(outer)
+        # the code belongs on the class made for it, not on one that fully_shard has put on top
+        self.__class__ = generated  # type: ignore[assignment]
+        try:
+            made = super().recompile()
+        finally:
+            self.__class__ = outer
         if "_generated" in vars(self):
-            self._generated[self._graph] = self._code, type(self).forward
+            self._generated[self._graph] = self._code, generated
         return made
 
     def version(self, key: Hashable) -> Graphs | None:
@@ -139,18 +153,22 @@ class TracedModule(fx.GraphModule):
         self._generated = {graph: made for graph, made in self._generated.items() if graph in shown}
         self._show(self._graphs[self.training])
 
+    def after_copy(self) -> None:
+        """Called on a copy made by `copy_tree`, which still refers to the original's classes."""
+        self._versions, self._generated = {}, {}
+        self.recompile()
+        self._uncalled = _uncalled(self, self._graph)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # a compiled graph has its own guards, and a warning would break it
-        if not torch.compiler.is_compiling() and self.warns_of_hooks:
+        # nothing that is written in Python may be called here: torch.compile would take it for the model
+        if self.warns_of_hooks and any(self._uncalled.values()):
             self._warn_of_hooks()
         return super().__call__(*args, **kwargs)
 
     def _warn_of_hooks(self) -> None:
         """Say once that hooks were put on modules that this graph does not call."""
-        if not any(registry for _, registries in self._uncalled for registry in registries):
-            return
         self.warns_of_hooks = False
-        names = ", ".join(name for name, registries in self._uncalled if any(registries))
+        names = ", ".join(dict.fromkeys(name for (name, _), hooks in self._uncalled.items() if hooks))
         warnings.warn(
             f"hooks on {names} do not run: the transformed graph does not call them as modules. Pass "
             "preserve_modules=[...] with their names to fxprop.transform, or put the hooks on before it.",
@@ -200,25 +218,33 @@ class TracedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         tree = self.tree()
-        before = _as_modules(tree, self._before)
-        state = (tree, _as_modules(tree, self._graphs), type(self).__name__, before, self._untraced)
-        return _from_modules, state
+        graphs, before = _Stored.of(tree, self._graphs), _Stored.of(tree, self._before)
+        return _from_stored, (tree, graphs, type(self).__name__, before, self._untraced)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # some classes that a module may also be an instance of define their own
         return self.__reduce__()
 
 
-def _uncalled(root: nn.Module, graph: fx.Graph) -> list[tuple[str, tuple[Mapping[int, Any], ...]]]:
-    """The modules in `root` that `graph` does not call, with where they keep their hooks."""
+# Private: compiled code should begin at each graph's own forward, whose number of versions is not limited,
+# and not at the method that all of them share. Public disable() would also stop it inside larger models.
+_dynamo = torch._C._dynamo.eval_frame
+_dynamo.set_code_exec_strategy(
+    TracedModule.__call__.__code__,
+    _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT),
+)
+
+
+def _uncalled(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
+    """Where the modules in `root` that `graph` does not call keep their hooks: (name, kind) -> hooks."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
     def below(name: str) -> bool:
         parts = name.split(".")
         return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
 
-    modules = root.named_modules()
-    return [(name, registries(module)) for name, module in modules if name and not below(name)]
+    modules = [(name, module) for name, module in root.named_modules() if name and not below(name)]
+    return {(name, kind): hooks for name, module in modules for kind, hooks in registries(module).items()}
 
 
 def copy_graphs(graphs: Graphs) -> Graphs:
@@ -233,20 +259,48 @@ def _build(tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs, unt
     return TracedModule.install(tree, graphs, before, untraced)
 
 
-def _as_modules(tree: nn.Module, graphs: Graphs) -> Mapping[bool, fx.GraphModule]:
-    # graphs have no stable form on disk; GraphModules have one: their generated code
-    modules = {id(graph): fx.GraphModule(tree, copy.deepcopy(graph)) for graph in graphs.values()}
-    return {mode: modules[id(graph)] for mode, graph in graphs.items()}
+class _Stored(NamedTuple):
+    """Graphs as they can be pickled: generated code, and what is lost when that is traced again."""
+
+    modules: Mapping[bool, fx.GraphModule]
+    # mode -> name and stack trace of every node
+    nodes: Mapping[bool, list[tuple[str, str | None]]]
+
+    @classmethod
+    def of(cls, tree: nn.Module, graphs: Graphs) -> _Stored:
+        """`graphs`, on the module tree that they are of."""
+        modules = {id(graph): fx.GraphModule(tree, copy.deepcopy(graph)) for graph in graphs.values()}
+        nodes = {
+            # tracing leaves out attributes that nothing uses
+            mode: [(n.name, n.stack_trace) for n in graph.nodes if n.users or n.target is not getattr]
+            for mode, graph in graphs.items()
+        }
+        return cls({mode: modules[id(graph)] for mode, graph in graphs.items()}, nodes)
+
+    def graphs(self) -> Graphs:
+        """The graphs again."""
+        named: dict[int, fx.Graph] = {}
+        for mode, module in self.modules.items():
+            if id(module) not in named:
+                named[id(module)] = _with_names(module.graph, self.nodes[mode])
+        return {mode: named[id(module)] for mode, module in self.modules.items()}
 
 
-def _from_modules(
-    tree: nn.Module,
-    modules: Mapping[bool, fx.GraphModule],
-    class_name: str,
-    before: Mapping[bool, fx.GraphModule],
-    untraced: str,
+def _with_names(graph: fx.Graph, nodes: list[tuple[str, str | None]]) -> fx.Graph:
+    """A copy of `graph` whose nodes have these names, by which sites know them."""
+    if len(nodes) != len(graph.nodes):
+        return graph
+    twin = fx.Graph()
+    twin.set_codegen(copy.deepcopy(graph._codegen))
+    of: dict[fx.Node, fx.Node] = {}
+    for node, (name, stack_trace) in zip(graph.nodes, nodes, strict=True):
+        args, kwargs = (fx.map_arg(value, of.__getitem__) for value in (node.args, node.kwargs))
+        of[node] = twin.create_node(node.op, node.target, args, kwargs, name, node.type)
+        of[node].meta = {**node.meta, "stack_trace": stack_trace}
+    return twin
+
+
+def _from_stored(
+    tree: nn.Module, graphs: _Stored, class_name: str, before: _Stored, untraced: str
 ) -> TracedModule:
-    def graphs(of: Mapping[bool, fx.GraphModule]) -> Graphs:
-        return {mode: module.graph for mode, module in of.items()}
-
-    return _build(tree, graphs(modules), class_name, graphs(before), untraced)
+    return _build(tree, graphs.graphs(), class_name, before.graphs(), untraced)

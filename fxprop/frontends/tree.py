@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprop.frontends.generated import is_generated, sibling
+
 
 def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
     """A new module of the same classes, with `tensor(t)` in place of each tensor t (default: t itself).
@@ -37,12 +39,12 @@ class _Copier:
 
     def module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._done:
-            generated = type(module).__qualname__.rpartition(".")[2] == "GraphModuleImpl"
-            twin: Any = object.__new__(_class_of_its_own(type(module)) if generated else type(module))
+            generated = is_generated(type(module))
+            twin: Any = object.__new__(sibling(type(module)) if generated else type(module))
             self._remember(module, twin)
             twin.__dict__.update({key: self.value(v) for key, v in vars(module).items()})
-            if generated:
-                twin.recompile()
+            if generated:  # the class of the original is for that one alone
+                getattr(twin, "after_copy", twin.recompile)()
         twin = self._done[id(module)]
         assert isinstance(twin, nn.Module)
         return twin
@@ -88,8 +90,3 @@ class _Copier:
         self._seen.append(original)
         self._done[id(original)] = twin
         return twin
-
-
-def _class_of_its_own(impl: type) -> type:
-    """fx keeps generated code on a class made for one module; a twin with that class would share it."""
-    return type(impl.__name__, impl.__bases__, {"__qualname__": impl.__qualname__})

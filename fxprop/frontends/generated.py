@@ -1,0 +1,35 @@
+"""The classes that fx makes, each for one module, to hold its generated code."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_generated(cls: type) -> bool:
+    """Whether fx made `cls` for one module."""
+    return cls.__qualname__.rpartition(".")[2] == "GraphModuleImpl"
+
+
+def generated_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that fx made for one module, among the bases of `cls` or itself."""
+    return next(base for base in cls.__mro__ if is_generated(base))
+
+
+def sibling(cls: type[nn.Module]) -> type[nn.Module]:
+    """Another class for the code of another graph of the same module."""
+    generated = generated_class(cls)
+    return type(generated.__name__, generated.__bases__, {"__qualname__": "GraphModuleImpl"})
+
+
+def in_place_of(cls: type[nn.Module], generated: type[nn.Module]) -> type[nn.Module]:
+    """`generated`, under whatever class was put on top of the present one."""
+    present = generated_class(cls)
+    if cls is present:
+        return generated
+    tops: dict[str, type[nn.Module]] = generated.__dict__.get("_tops", {})
+    if cls.__name__ not in tops:
+        bases = tuple(generated if base is present else base for base in cls.__bases__)
+        own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        tops[cls.__name__] = type(cls.__name__, bases, own)
+        generated._tops = tops  # type: ignore[attr-defined]
+    return tops[cls.__name__]

@@ -1,0 +1,1 @@
+"""During training: another keep ratio, and schedules of it."""
