@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxprop.errors import TraceError
+from fxprop.errors import ModelError, TraceError
 from fxprop.frontends.generated import generated_class, in_place_of, sibling
 from fxprop.frontends.hooks import registries
 from fxprop.frontends.tree import copy_tree
@@ -167,13 +167,17 @@ class TracedModule(fx.GraphModule):
 
     def _warn_of_hooks(self) -> None:
         """Say once that hooks were put on modules that this graph does not call."""
-        self.warns_of_hooks = False
-        names = ", ".join(dict.fromkeys(name for (name, _), hooks in self._uncalled.items() if hooks))
-        warnings.warn(
-            f"hooks on {names} do not run: the transformed graph does not call them as modules. Pass "
-            "preserve_modules=[...] with their names to fxprop.transform, or put the hooks on before it.",
-            stacklevel=3,
+        hooked = list(dict.fromkeys(name for (name, _), hooks in self._uncalled.items() if hooks))
+        what = (
+            f"hooks on {', '.join(hooked)} do not run: the transformed graph does not call them as modules. "
+            "Pass preserve_modules=[...] with their names to fxprop.transform"
         )
+        if any(
+            base.__name__ == "FSDPModule" for n in hooked for base in type(self.get_submodule(n)).__mro__
+        ):
+            raise ModelError(f"fully_shard: {what}.")
+        self.warns_of_hooks = False
+        warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)
 
     @property
     def graphs(self) -> Graphs:

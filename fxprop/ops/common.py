@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -34,6 +34,14 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
     if keep.bias_grad not in BIAS_GRADS:
         raise OpError(f"{op}: bias_grad={keep.bias_grad!r}: expected one of {', '.join(BIAS_GRADS)}")
     get_score(keep.score)
+    if getattr(weight, "placements", None) is not None:
+        raise OpError(
+            f"{op}: weight is a {type(weight).__name__}, spread over processes, and a sparse backward "
+            "needs the whole of it. For fully_shard: name the modules that it is put on in "
+            "preserve_modules=[...] of fxprop.transform, so that they are called and gather their "
+            "parameters. For tensor parallelism: keep the layer as a module call with "
+            "leaf_modules=[...]; it stays dense"
+        )
     if weight.is_complex():
         raise OpError(
             f"{op}: weight is {weight.dtype}: complex tensors have no sparse backward; "
@@ -64,23 +72,46 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
-class _RefuseDoubleBackward(torch.autograd.Function):
+_USE_INSTEAD = "Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
+
+
+class SparseFunction(torch.autograd.Function):
+    """What all sparse operators derive from: refuses vmap, which none of them has."""
+
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        """Refuse: one selection is made for the whole mini-batch, which vmap would take apart."""
+        raise OpError(
+            "vmap over a sparse backward is not defined: fxprop selects once for the whole mini-batch. "
+            f"{_USE_INSTEAD}; without gradients, vmap under torch.no_grad()"
+        )
+
+
+class _RefuseDoubleBackward(SparseFunction):
+    """Hands on the first `count` tensors, as if they were computed from all of them."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise OpError(
             "double backward through a sparse backward is not defined: fxprop's top-k selection is not "
-            "differentiable. Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
+            f"differentiable. {_USE_INSTEAD}"
         )
 
 
-def refuse_double_backward(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def refuse_double_backward(
+    grads: tuple[Tensor | None, ...], computed_from: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     """`grads`, so marked that differentiating them raises an OpError that says what to do."""
     if not torch.is_grad_enabled():
         return grads
-    present = [grad.requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_RefuseDoubleBackward.apply(*present))
+    present = [grad for grad in grads if grad is not None]
+    marked = iter(_RefuseDoubleBackward.apply(len(present), *present, *computed_from))
     return tuple(None if grad is None else next(marked) for grad in grads)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import pointwise
-from fxprop.ops.common import refuse_double_backward
+from fxprop.ops.common import SparseFunction, refuse_double_backward
 from fxprop.ops.select import Keep, mask_elements, select_channels
 
 
@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
         return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
 
 
-class SparseConv(torch.autograd.Function):
+class SparseConv(SparseFunction):
     """Convolution with a sparse backward; called with a batched input and numeric padding."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class SparseConv(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             grads = _backward(grad_output, input, weight, ctx.geometry, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads), None, None)
+        return (*refuse_double_backward(grads, (grad_output, input, weight)), None, None)
 
 
 def _backward(

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
-from fxprop.ops.common import check_keep, needs_backward, public, refuse_double_backward
+from fxprop.ops.common import (
+    SparseFunction,
+    check_keep,
+    needs_backward,
+    public,
+    refuse_double_backward,
+)
 from fxprop.ops.select import Keep, mask_elements, summed_over_processes
 from fxprop.plan import Select
 
@@ -22,7 +28,7 @@ from fxprop.plan import Select
 _ALIGNMENT = 16
 
 
-class _SparseGroupedMM(torch.autograd.Function):
+class _SparseGroupedMM(SparseFunction):
     @staticmethod
     def forward(mat_a: Tensor, mat_b: Tensor, offs: Tensor, keep: Keep) -> Tensor:
         return F.grouped_mm(mat_a, mat_b, offs=offs)
@@ -37,7 +43,7 @@ class _SparseGroupedMM(torch.autograd.Function):
         mat_a, mat_b, offs = ctx.saved_tensors
         with torch.no_grad():
             grads = _backward(grad_output, mat_a, mat_b, offs, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads), None, None)
+        return (*refuse_double_backward(grads, (grad_output, mat_a, mat_b)), None, None)
 
 
 def _backward(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.ops.common import (
+    SparseFunction,
     autocast,
     check_keep,
     needs_backward,
@@ -44,7 +45,7 @@ def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return result
 
 
-class _SparseLinear(torch.autograd.Function):
+class _SparseLinear(SparseFunction):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
         return _dense_forward(input, weight, bias)
@@ -59,7 +60,7 @@ class _SparseLinear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             grads = _backward(grad_output, input, weight, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads), None)
+        return (*refuse_double_backward(grads, (grad_output, input, weight)), None)
 
 
 def _backward(

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops.common import (
+    SparseFunction,
     autocast,
     check_keep,
     needs_backward,
@@ -122,7 +123,7 @@ def _dense(input: Tensor, weight: Tensor, bias: Tensor | None, form: _Form) -> T
     return torch.matmul(left, right)
 
 
-class _SparseProduct(torch.autograd.Function):
+class _SparseProduct(SparseFunction):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, form: _Form, keep: Keep) -> Tensor:
         output = _dense(input, weight, bias, form)
@@ -143,7 +144,7 @@ class _SparseProduct(torch.autograd.Function):
             grads = _backward(
                 grad_output, input, weight, ctx.bias_shape, ctx.form, ctx.keep, ctx.needs_input_grad
             )
-        return (*refuse_double_backward(grads), None, None)
+        return (*refuse_double_backward(grads, (grad_output, input, weight)), None, None)
 
 
 def _backward(
