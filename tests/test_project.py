@@ -111,6 +111,17 @@ def test_private_names_of_torch_are_still_there():
     assert {"_parameters", "_buffers", "_modules"} <= set(vars(nn.Linear(1, 1)))
     assert torch.ops.aten._unsafe_view(torch.ones(4), (2, 2)).shape == (2, 2)
     assert _pytree.tree_leaves({"a": [1, (2,)]}) == [1, 2]
+    pack, top = (lambda t: t), torch._C._autograd._top_saved_tensors_default_hooks
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert top(True)[0] is pack
+    assert top(True) is None
+    from torch.utils import checkpoint
+
+    assert callable(checkpoint._checkpoint_without_reentrant_generator)
+    strategy, action = (
+        getattr(torch._C._dynamo.eval_frame, n) for n in ("_FrameExecStrategy", "_FrameAction")
+    )
+    assert strategy(action.SKIP, action.DEFAULT).cur_action == action.SKIP
 
 
 def test_errors_are_one_family():

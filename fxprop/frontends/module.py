@@ -169,12 +169,11 @@ class TracedModule(fx.GraphModule):
         """Say once that hooks were put on modules that this graph does not call."""
         hooked = list(dict.fromkeys(name for (name, _), hooks in self._uncalled.items() if hooks))
         what = (
-            f"hooks on {', '.join(hooked)} do not run: the transformed graph does not call them as modules. "
-            "Pass preserve_modules=[...] with their names to fxprop.transform"
+            f"hooks on {', '.join(hooked)} do not run: the transformed graph does not call them as "
+            "modules. Pass preserve_modules=[...] with their names to fxprop.transform"
         )
-        if any(
-            base.__name__ == "FSDPModule" for n in hooked for base in type(self.get_submodule(n)).__mro__
-        ):
+        classes = {base.__name__ for name in hooked for base in type(self.get_submodule(name)).__mro__}
+        if "FSDPModule" in classes:
             raise ModelError(f"fully_shard: {what}.")
         self.warns_of_hooks = False
         warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)

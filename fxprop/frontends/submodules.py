@@ -210,11 +210,11 @@ class _Descent:
         for path, traced in self._graphs.items():
             part = root.get_submodule(path)
             part.__dict__.update(traced.constants)
-            if path:
+            if path or not isinstance(part, fx.GraphModule):
                 pieces[path] = TracedModule.install(part, traced.graphs, untraced=traced.untraced)
-        if "" in self._graphs:
-            whole, name = self._graphs[""], type(self._model).__name__
-            root = pieces[""] = TracedModule(root, whole.graphs, name, untraced=whole.untraced)
+            else:
+                name = type(self._model).__name__
+                root = pieces[""] = TracedModule(part, traced.graphs, name, untraced=traced.untraced)
         products: dict[str, tuple[str, ...]] = {}
         if self._inputs is not None and self.untraced:
             for module, parameter in self.observed.products:

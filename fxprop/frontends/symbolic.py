@@ -118,7 +118,8 @@ class SiteTracer(fx.Tracer):
         if _modes() != self._modes:
             # a graph does not hold the context, and would compute with the gradients it forbids
             raise TraceError(
-                "code inside torch.no_grad() or torch.autocast() cannot be kept in an fx graph"
+                "code inside torch.no_grad(), torch.autocast(), torch.utils.checkpoint or hooks on saved "
+                "tensors cannot be kept in an fx graph"
             )
         return super().create_node(*args, **kwargs)
 
@@ -191,8 +192,14 @@ class SiteTracer(fx.Tracer):
             raise TraceError(_explain(error, where)) from error
 
 
-def _modes() -> tuple[bool, ...]:
-    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")))
+def _modes() -> tuple[object, ...]:
+    # private, but nothing public tells; True: also while torch.compile or fx is tracing
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return (
+        torch.is_grad_enabled(),
+        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+        None if hooks is None else id(hooks[0]),
+    )
 
 
 def _check_stores_nothing(root: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprop.ops import pointwise
 from fxprop.ops.common import SparseFunction, refuse_double_backward
-from fxprop.ops.select import Keep, mask_elements, select_channels
+from fxprop.ops.select import Keep, mask_elements, select_channels, take_channels
 
 
 class Geometry(NamedTuple):
@@ -86,7 +86,7 @@ def _backward(
     out_channels, groups = geometry.out_channels(weight), geometry.groups
     depthwise = groups == out_channels
     kept = select_channels(grad_output, 1, 1 if depthwise else groups, keep)
-    grad = grad_output.index_select(1, kept)
+    grad = take_channels(grad_output, kept)
     if depthwise and groups > 1:
         grad_input, grad_weight = _depthwise(grad, input, weight, geometry, kept, wanted)
     elif geometry.transposed:
@@ -122,7 +122,7 @@ def _depthwise(
         kept_in = (kept[:, None] * per_group + within).flatten()
     rows = kept_in if geometry.transposed else kept
     grad_input, grad_weight = _dense(
-        grad, input.index_select(1, kept_in), weight.index_select(0, rows), geometry, len(kept), wanted
+        grad, take_channels(input, kept_in), weight.index_select(0, rows), geometry, len(kept), wanted
     )
     if grad_input is not None:
         grad_input = torch.zeros_like(input).index_copy_(1, kept_in, grad_input)

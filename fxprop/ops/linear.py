@@ -20,7 +20,7 @@ from fxprop.ops.common import (
     public,
     refuse_double_backward,
 )
-from fxprop.ops.select import Keep, mask_elements, select_channels
+from fxprop.ops.select import Keep, mask_elements, select_channels, take_features
 from fxprop.plan import BiasGrad, Select
 
 
@@ -80,7 +80,7 @@ def _backward(
         kept_weight, kept = weight, None
     else:
         kept = select_channels(grad, 1, 1, keep)
-        grad = grad.index_select(1, kept)  # [rows, k]
+        grad = take_features(grad, kept)  # [rows, k]
         kept_weight = weight.index_select(0, kept)  # [k, in_features]
 
     if needs_input:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxprop.ops.select import is_channels_last
+
 
 def applies(input: Tensor, weight: Tensor, padding: list[int], groups: int) -> bool:
     """Whether `gradients` covers this convolution (any stride) and is the faster way.
@@ -46,7 +48,7 @@ def gradients(
     met: Any = (..., *(slice(None, None, step) for step in stride))
     x = input[met] if strided else input
     matrix = weight.flatten(1)  # [k, C_in]
-    channels_last = not grad_output.is_contiguous() and _to_rows(grad_output).is_contiguous()
+    channels_last = is_channels_last(grad_output)
     grad_input = grad_weight = None
     if channels_last:
         grad = _to_rows(grad_output).flatten(0, -2)  # [N * spatial, k]

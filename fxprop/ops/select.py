@@ -151,6 +151,32 @@ def select_channels(grad_output: Tensor, channel_dim: int, groups: int, keep: Ke
     return (kept + offsets[:, None]).flatten()
 
 
+def take_features(rows: Tensor, kept: Tensor) -> Tensor:
+    """The kept columns of [rows, features]."""
+    if rows.device.type != "cpu":
+        return rows.index_select(1, kept)
+    # 1.5 to 2 times as fast as index_select on the CPU
+    return rows.gather(1, kept.expand(len(rows), -1))
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether [N, C, *spatial] lies in memory as [N, *spatial, C]."""
+    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+
+
+def take_channels(grad_output: Tensor, kept: Tensor) -> Tensor:
+    """The kept channels of [N, C, *spatial], in its memory format.
+
+    index_select would gather across strides, and give a contiguous tensor: 23 ms in place of 0.6 for 26 of
+    256 channels of 8 x 56 x 56.
+    """
+    if not is_channels_last(grad_output):
+        return grad_output.index_select(1, kept)
+    rows = grad_output.movedim(1, -1)
+    taken = take_features(rows.reshape(-1, rows.shape[-1]), kept)
+    return taken.view(*rows.shape[:-1], len(kept)).movedim(-1, 1)
+
+
 def mask_elements(grad_output: Tensor, keep: Keep) -> Tensor:
     """`grad_output` [examples, n] with all but the top-k entries of each row set to zero.
 
