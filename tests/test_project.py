@@ -115,9 +115,6 @@ def test_private_names_of_torch_are_still_there():
     with torch.autograd.graph.saved_tensors_hooks(pack, pack):
         assert top(True)[0] is pack
     assert top(True) is None
-    from torch.utils import checkpoint
-
-    assert callable(checkpoint._checkpoint_without_reentrant_generator)
     strategy, action = (
         getattr(torch._C._dynamo.eval_frame, n) for n in ("_FrameExecStrategy", "_FrameAction")
     )

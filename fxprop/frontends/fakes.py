@@ -28,31 +28,17 @@ from fxprop.frontends.tree import copy_tree
 _SEED = 0
 
 
-class _NotRecomputed:
-    """In place of the autograd function of `torch.utils.checkpoint` with use_reentrant=True."""
+class _VisibleCheckpoint:
+    """In place of the autograd function of `torch.utils.checkpoint` with use_reentrant=True.
+
+    That one hides from autograd what it computes, and forbids torch.autograd.grad.
+    """
 
     @staticmethod
     def apply(run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        return run_function(*args)
-
-
-def _nothing_saved(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """In place of what `torch.utils.checkpoint` with use_reentrant=False does around the call."""
-    yield
-
-
-@contextlib.contextmanager
-def _no_recomputation() -> Iterator[None]:
-    """Let checkpointed code run once: a second run in the backward would be recorded as another call.
-
-    The reentrant form would also hide from autograd what it computes. The second name is private; without
-    it the calls would have to be told apart by when they come.
-    """
-    with (
-        mock.patch.object(checkpoint, "CheckpointFunction", _NotRecomputed),
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _nothing_saved),
-    ):
-        yield
+        return checkpoint.checkpoint(
+            run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
 
 
 class Twin:
@@ -96,7 +82,7 @@ class Twin:
             if self.mode is not None:
                 stack.enter_context(self.mode)
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_no_recomputation())
+            stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _VisibleCheckpoint))
             yield
 
     def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -80,12 +80,14 @@ class _Recording:
         self._place = ""
         # records whose requires_grad is settled when the run is done: (record, key, function)
         self.watch = Watch(self._twin, self._called, self._product)
+        self._recorded: list[str] = []
         for path in traced.pieces:
             piece = self._twin.root.get_submodule(path)
             assert isinstance(piece, TracedModule)
             graph = traced.pieces[path].graphs.get(training)
             if graph is not None:
                 piece.__dict__["forward"] = GraphRecorder(self, path, piece, graph)
+                self._recorded.append(path)
 
     def run(self) -> Run:
         # slow to import, and only needed here
@@ -99,6 +101,9 @@ class _Recording:
             ):
                 outputs = self._forward()
             run.forward_flops = forward.get_total_flops()
+            for path in self._recorded:
+                # what is computed again in the backward is no other call
+                del vars(twin.root.get_submodule(path))["forward"]
             losses = [t for t in _tensors(outputs) if t.requires_grad]
             self._number_all([self.function(t) for t in losses])
             required = [tensor for tensor in twin.required if tensor.requires_grad]
