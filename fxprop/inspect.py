@@ -32,7 +32,8 @@ def code_diff(gm: nn.Module) -> str:
 def _diff(path: str, module: TracedModule) -> str:
     name = path or type(module).__name__
     before, after = (
-        graphs[module.training].python_code("self").src for graphs in (module.graphs_before, module.graphs)
+        graphs[module.training].python_code("self").src
+        for graphs in (module.fx_graphs_before, module.fx_graphs)
     )
     lines = difflib.unified_diff(
         before.strip().splitlines(keepends=True),

@@ -157,9 +157,9 @@ def restore(gm: nn.Module) -> nn.Module:
     dense = copy_tree(gm)
     for module in list(dense.modules()):
         if isinstance(module, SparseCode):
-            module.uninstall()
+            module.fx_uninstall()
         elif isinstance(module, TracedModule):
-            module.show_version((), copy_graphs(module.graphs_before))
+            module.fx_show_version((), copy_graphs(module.fx_graphs_before))
     detach(dense)
     return dense
 
@@ -224,7 +224,7 @@ class _Stages:
         with_layers = {site.graph for site in self.recipe.sites if site.skip is None}
         for path in list(pieces):
             if path and not any(other == path or other.startswith(f"{path}.") for other in with_layers):
-                pieces.pop(path).uninstall()  # no policy can change it: it stays the module that it was
+                pieces.pop(path).fx_uninstall()  # no policy can change it: it stays the module that it was
         rewrite_model(root, pieces, self.recipe.plans)
         attach(root, self.recipe)
         verify_state(model, root)

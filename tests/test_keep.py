@@ -280,4 +280,4 @@ def test_many_versions_take_no_memory():
         return sum(type(o) is type and o.__name__ == "GraphModuleImpl" for o in gc.get_objects())
 
     assert sweep() == sweep()
-    assert len(gm._versions) <= 32
+    assert len(gm._fx_versions) <= 32

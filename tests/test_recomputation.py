@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxprop
 
@@ -79,6 +80,10 @@ def test_checkpoint_inside_the_model(reentrant):
         (layer.name, layer.k) for layer in plain_report.layers
     ]
     assert equal(gradients(gm), gradients(plain))
+    loss = Net(reentrant).double()(X).sum()
+    with FlopCounterMode(display=False) as counted:
+        loss.backward()
+    assert report.totals.dense + report.totals.other == counted.get_total_flops()
     x = X.clone().requires_grad_()
     assert saved_bytes(gm, x) < saved_bytes(plain, x)  # what is recomputed is not saved
 

@@ -28,7 +28,7 @@ def test_a_right_rewrite_passes(parts):
     model, traced, plan = parts
     after = rewrite(traced.graph, plan)
     verify_graph(traced.graph, after, plan)
-    verify_state(model, TracedModule(traced.tree(), {True: after, False: after}, "M"))
+    verify_state(model, TracedModule(traced.fx_tree(), {True: after, False: after}, "M"))
 
 
 def test_a_malformed_graph(parts):
@@ -75,13 +75,13 @@ def test_a_plan_for_another_graph(parts):
 
 def test_copied_missing_and_reordered_parameters(parts):
     model, traced, _ = parts
-    graphs = traced.graphs
+    graphs = traced.fx_graphs
     with pytest.raises(RewriteError, match="a copy of '0.weight'"):
-        verify_state(model, TracedModule(copy.deepcopy(traced.tree()), graphs, "M"))
+        verify_state(model, TracedModule(copy.deepcopy(traced.fx_tree()), graphs, "M"))
     shorter = nn.Sequential(*list(model)[:-1])
     with pytest.raises(RewriteError, match="named_parameters have other names"):
-        verify_state(shorter, TracedModule(traced.tree(), graphs, "M"))
-    tree = traced.tree()
+        verify_state(shorter, TracedModule(traced.fx_tree(), graphs, "M"))
+    tree = traced.fx_tree()
     tree.register_buffer("more", torch.ones(1))
     with pytest.raises(RewriteError, match="named_buffers have other names"):
         verify_state(model, TracedModule(tree, graphs, "M"))

@@ -36,9 +36,10 @@ class _VisibleCheckpoint:
 
     @staticmethod
     def apply(run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        return checkpoint.checkpoint(
-            run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
-        )
+        with checkpoint.set_checkpoint_early_stop(False):
+            return checkpoint.checkpoint(
+                run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            )
 
 
 class Twin:
@@ -61,7 +62,7 @@ class Twin:
         self.root = copy_tree(root, self._of_model)
         for module in self.root.modules():
             if isinstance(module, TracedModule):
-                module.warns_of_hooks = False  # hooks are what watches the run
+                module._fx_warns_of_hooks = False  # hooks are what watches the run
         if not real:
             without_data_dependence(self.root)
         self.args: tuple[Any, ...] = self._of_input(args)

@@ -2,8 +2,8 @@
 
 A `torch.fx.GraphModule` keeps only what its graph mentions, and has one graph. This one keeps the whole
 module tree (so state_dict keys, their order, and modules that no graph uses survive), and has one graph
-for training and one for evaluation where the model's code differs between the two. Inside a model that is
-not traced as a whole it also stays an instance of the class it was traced from, with its methods.
+for training and one for evaluation where the model's code differs between the two. It also stays an
+instance of the class it was traced from, with its methods; so its own names begin with fx.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fxprop.frontends.tree import copy_tree
 Graphs = Mapping[bool, fx.Graph]
 
 _OWN = (
-    "_graphs",
-    "_before",
-    "_untraced",
-    "_base",
-    "_versions",
-    "_generated",
-    "_uncalled",
-    "warns_of_hooks",
+    "_fx_graphs",
+    "_fx_before",
+    "_fx_untraced",
+    "_fx_base",
+    "_fx_versions",
+    "_fx_generated",
+    "_fx_uncalled",
+    "_fx_warns_of_hooks",
 )
 # how many versions of a rewrite are kept
 _REMEMBERED = 32
@@ -61,11 +61,11 @@ class TracedModule(fx.GraphModule):
         self.__dict__.update({k: v for k, v in adopted if k not in (*_GRAPH_MODULE, *_OWN)})
         if isinstance(root, fx.GraphModule):
             self.meta = dict(root.meta)
-        self._base: type[nn.Module] = nn.Module
-        self._set(graphs, before, untraced)
+        self._fx_base: type[nn.Module] = nn.Module
+        self._fx_set(graphs, before, untraced)
 
     @classmethod
-    def install(
+    def fx_install(
         cls,
         module: nn.Module,
         graphs: Graphs,
@@ -77,7 +77,7 @@ class TracedModule(fx.GraphModule):
         Whatever refers to the module (its parents, lists, bound methods) then sees the traced one.
         """
         if isinstance(module, TracedModule):
-            module._set(graphs, before, untraced)
+            module._fx_set(graphs, before, untraced)
             return module
         base = type(module)
         blank = fx.GraphModule(nn.Module(), fx.Graph())
@@ -86,41 +86,41 @@ class TracedModule(fx.GraphModule):
         impl = type(base.__name__, (cls, base), {"__qualname__": "GraphModuleImpl"})
         module.__class__ = impl
         assert isinstance(module, TracedModule)
-        module._base = base
-        module._set(graphs, before, untraced)
+        module._fx_base = base
+        module._fx_set(graphs, before, untraced)
         return module
 
-    def uninstall(self) -> None:
+    def fx_uninstall(self) -> None:
         """Be an ordinary module of its class again; the inverse of `install`."""
-        self.__class__ = self._base  # type: ignore[assignment]
+        self.__class__ = self._fx_base  # type: ignore[assignment]
         for key in (*_GRAPH_MODULE, *_OWN):
             self.__dict__.pop(key, None)
 
-    def _set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
-        self._graphs = dict(graphs)
-        self._before = dict(graphs if before is None else before)
-        self._untraced = untraced
-        self._versions: dict[Hashable, Graphs] = {}
+    def _fx_set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
+        self._fx_graphs = dict(graphs)
+        self._fx_before = dict(graphs if before is None else before)
+        self._fx_untraced = untraced
+        self._fx_versions: dict[Hashable, Graphs] = {}
         # graph -> its generated code, and the class that has it as forward
-        self._generated: dict[fx.Graph, tuple[Any, type[nn.Module]]] = {}
-        self.warns_of_hooks = True
-        self._show(self._graphs[self.training])
+        self._fx_generated: dict[fx.Graph, tuple[Any, type[nn.Module]]] = {}
+        self._fx_warns_of_hooks = True
+        self._fx_show(self._fx_graphs[self.training])
 
-    def _show(self, graph: fx.Graph) -> None:
+    def _fx_show(self, graph: fx.Graph) -> None:
         """Run `graph` from now on.
 
         Each graph has a class of its own, and keeps it: torch.compile tells modules apart by their class
         and code by its code object, and knows both again when a graph comes back.
         """
-        if graph in self._generated:
+        if graph in self._fx_generated:
             self._graph = graph
-            self._code, generated = self._generated[graph]
+            self._code, generated = self._fx_generated[graph]
             self.__class__ = in_place_of(type(self), generated)  # type: ignore[assignment]
         else:
-            if self._generated:
+            if self._fx_generated:
                 self.__class__ = in_place_of(type(self), sibling(type(self)))  # type: ignore[assignment]
             self.graph = graph
-        self._uncalled = _uncalled(self, graph)
+        self._fx_uncalled = _uncalled(self, graph)
 
     def recompile(self) -> Any:
         """Regenerate the code from the graph, as after editing it."""
@@ -132,42 +132,42 @@ class TracedModule(fx.GraphModule):
             made = super().recompile()
         finally:
             self.__class__ = outer
-        if "_generated" in vars(self):
-            self._generated[self._graph] = self._code, generated
+        if "_fx_generated" in vars(self):
+            self._fx_generated[self._graph] = self._code, generated
         return made
 
-    def version(self, key: Hashable) -> Graphs | None:
+    def fx_version(self, key: Hashable) -> Graphs | None:
         """The graphs that were shown under `key`, if they are remembered."""
-        return self._versions.get(key)
+        return self._fx_versions.get(key)
 
-    def show_version(self, key: Hashable, graphs: Graphs) -> None:
+    def fx_show_version(self, key: Hashable, graphs: Graphs) -> None:
         """Run other graphs, made from those before the rewrite.
 
         The last few versions are remembered with their generated code.
         """
-        self._versions.pop(key, None)
-        self._versions[key] = self._graphs = dict(graphs)
-        for oldest in list(self._versions)[:-_REMEMBERED]:
-            del self._versions[oldest]
-        shown = {graph for of_modes in self._versions.values() for graph in of_modes.values()}
-        self._generated = {graph: made for graph, made in self._generated.items() if graph in shown}
-        self._show(self._graphs[self.training])
+        self._fx_versions.pop(key, None)
+        self._fx_versions[key] = self._fx_graphs = dict(graphs)
+        for oldest in list(self._fx_versions)[:-_REMEMBERED]:
+            del self._fx_versions[oldest]
+        shown = {graph for of_modes in self._fx_versions.values() for graph in of_modes.values()}
+        self._fx_generated = {graph: made for graph, made in self._fx_generated.items() if graph in shown}
+        self._fx_show(self._fx_graphs[self.training])
 
-    def after_copy(self) -> None:
+    def fx_after_copy(self) -> None:
         """Called on a copy made by `copy_tree`, which still refers to the original's classes."""
-        self._versions, self._generated = {}, {}
+        self._fx_versions, self._fx_generated = {}, {}
         self.recompile()
-        self._uncalled = _uncalled(self, self._graph)
+        self._fx_uncalled = _uncalled(self, self._graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # nothing that is written in Python may be called here: torch.compile would take it for the model
-        if self.warns_of_hooks and any(self._uncalled.values()):
-            self._warn_of_hooks()
+        if self._fx_warns_of_hooks and any(self._fx_uncalled.values()):
+            self._fx_warn_of_hooks()
         return super().__call__(*args, **kwargs)
 
-    def _warn_of_hooks(self) -> None:
+    def _fx_warn_of_hooks(self) -> None:
         """Say once that hooks were put on modules that this graph does not call."""
-        hooked = list(dict.fromkeys(name for (name, _), hooks in self._uncalled.items() if hooks))
+        hooked = list(dict.fromkeys(name for (name, _), hooks in self._fx_uncalled.items() if hooks))
         what = (
             f"hooks on {', '.join(hooked)} do not run: the transformed graph does not call them as "
             "modules. Pass preserve_modules=[...] with their names to fxprop.transform"
@@ -175,54 +175,55 @@ class TracedModule(fx.GraphModule):
         classes = {base.__name__ for name in hooked for base in type(self.get_submodule(name)).__mro__}
         if "FSDPModule" in classes:
             raise ModelError(f"fully_shard: {what}.")
-        self.warns_of_hooks = False
+        self._fx_warns_of_hooks = False
         warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)
 
     @property
-    def graphs(self) -> Graphs:
+    def fx_graphs(self) -> Graphs:
         """The graph of each mode; the same object twice where the mode makes no difference."""
-        return self._graphs
+        return self._fx_graphs
 
     @property
-    def graphs_before(self) -> Graphs:
+    def fx_graphs_before(self) -> Graphs:
         """The graphs before the rewrite."""
-        return self._before
+        return self._fx_before
 
     @property
-    def untraced(self) -> str:
+    def fx_untraced(self) -> str:
         """Why one mode has no graph; empty if both have."""
-        return self._untraced
+        return self._fx_untraced
 
     def train(self, mode: bool = True) -> TracedModule:
         """Set train or eval mode, and the graph that belongs to it."""
-        if mode not in self._graphs:
+        if mode not in self._fx_graphs:
             here, there = ("eval", "train") if mode else ("train", "eval")
             raise TraceError(
                 f"{type(self).__name__} was transformed in {here} mode; its code could not be traced in "
-                f"{there} mode: {self._untraced} Call .{there}() on the original model and transform that."
+                f"{there} mode: {self._fx_untraced} Call .{there}() on the original model and transform "
+                "that."
             )
         super().train(mode)
-        if self._graph is not self._graphs[mode]:
-            self._show(self._graphs[mode])
+        if self._graph is not self._fx_graphs[mode]:
+            self._fx_show(self._fx_graphs[mode])
         return self
 
-    def tree(self) -> nn.Module:
+    def fx_tree(self) -> nn.Module:
         """A module of the original class that holds a copy of the module tree, sharing every tensor."""
-        holder = object.__new__(self._base)
+        holder = object.__new__(self._fx_base)
         dropped = {*_GRAPH_MODULE, *_OWN}
         holder.__dict__.update({k: v for k, v in vars(self).items() if k not in dropped})
         return copy_tree(holder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
-        tree = copy.deepcopy(self.tree(), memo)
-        graphs = copy_graphs(self._graphs)
-        before = copy_graphs(self._before)
-        return _build(tree, graphs, type(self).__name__, before, self._untraced)
+        tree = copy.deepcopy(self.fx_tree(), memo)
+        graphs = copy_graphs(self._fx_graphs)
+        before = copy_graphs(self._fx_before)
+        return _build(tree, graphs, type(self).__name__, before, self._fx_untraced)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tree = self.tree()
-        graphs, before = _Stored.of(tree, self._graphs), _Stored.of(tree, self._before)
-        return _from_stored, (tree, graphs, type(self).__name__, before, self._untraced)
+        tree = self.fx_tree()
+        graphs, before = _Stored.of(tree, self._fx_graphs), _Stored.of(tree, self._fx_before)
+        return _from_stored, (tree, graphs, type(self).__name__, before, self._fx_untraced)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # some classes that a module may also be an instance of define their own
@@ -259,7 +260,7 @@ def copy_graphs(graphs: Graphs) -> Graphs:
 def _build(tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs, untraced: str) -> TracedModule:
     if type(tree) is nn.Module:
         return TracedModule(tree, graphs, class_name, before, untraced)
-    return TracedModule.install(tree, graphs, before, untraced)
+    return TracedModule.fx_install(tree, graphs, before, untraced)
 
 
 class _Stored(NamedTuple):

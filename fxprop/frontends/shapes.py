@@ -84,7 +84,7 @@ class _Recording:
         for path in traced.pieces:
             piece = self._twin.root.get_submodule(path)
             assert isinstance(piece, TracedModule)
-            graph = traced.pieces[path].graphs.get(training)
+            graph = traced.pieces[path].fx_graphs.get(training)
             if graph is not None:
                 piece.__dict__["forward"] = GraphRecorder(self, path, piece, graph)
                 self._recorded.append(path)

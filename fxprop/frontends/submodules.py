@@ -211,7 +211,7 @@ class _Descent:
             part = root.get_submodule(path)
             part.__dict__.update(traced.constants)
             if path or not isinstance(part, fx.GraphModule):
-                pieces[path] = TracedModule.install(part, traced.graphs, untraced=traced.untraced)
+                pieces[path] = TracedModule.fx_install(part, traced.graphs, untraced=traced.untraced)
             else:
                 name = type(self._model).__name__
                 root = pieces[""] = TracedModule(part, traced.graphs, name, untraced=traced.untraced)

@@ -59,7 +59,7 @@ def trace_modes(
     stopped it; if only the other mode cannot be traced, returns why.
     """
     if isinstance(model, TracedModule):
-        return TracedGraphs(copy_graphs(model.graphs), model.untraced, {})
+        return TracedGraphs(copy_graphs(model.fx_graphs), model.fx_untraced, {})
     if isinstance(model, fx.GraphModule):
         return TracedGraphs(copy_graphs(dict.fromkeys((True, False), model.graph)), "", {})
     here, why = model.training, ""

@@ -40,6 +40,6 @@ class Traced:
         """Whether some graph is another one in the mode the model is not in."""
         here = self.training
         return any(
-            (not here) in piece.graphs and piece.graphs[not here] is not piece.graphs[here]
+            (not here) in piece.fx_graphs and piece.fx_graphs[not here] is not piece.fx_graphs[here]
             for piece in self.pieces.values()
         )

@@ -44,7 +44,7 @@ class _Copier:
             self._remember(module, twin)
             twin.__dict__.update({key: self.value(v) for key, v in vars(module).items()})
             if generated:  # the class of the original is for that one alone
-                getattr(twin, "after_copy", twin.recompile)()
+                getattr(twin, "fx_after_copy", twin.recompile)()
         twin = self._done[id(module)]
         assert isinstance(twin, nn.Module)
         return twin

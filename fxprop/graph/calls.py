@@ -62,54 +62,54 @@ class SparseCode(nn.Module):
     Mixed into the class of the module it is installed on.
     """
 
-    _sparse: ProductPlan
-    _dense_class: type[nn.Module]
+    _fx_sparse: ProductPlan
+    _fx_dense_class: type[nn.Module]
     # a forward that was put on the instance, which would hide the class's
-    _own_forward: Callable[..., Any] | None
+    _fx_own_forward: Callable[..., Any] | None
 
     @staticmethod
-    def install(module: nn.Module, plan: ProductPlan) -> None:
+    def fx_install(module: nn.Module, plan: ProductPlan) -> None:
         """Make the products of `module`'s code with the parameters in `plan` sparse."""
         if isinstance(module, SparseCode):
             raise ModelError(f"{type(module).__name__} was already transformed by fxprop")
-        module.__dict__["_sparse"] = plan
-        module.__dict__["_dense_class"] = type(module)
-        module.__dict__["_own_forward"] = module.__dict__.pop("forward", None)
+        module.__dict__["_fx_sparse"] = plan
+        module.__dict__["_fx_dense_class"] = type(module)
+        module.__dict__["_fx_own_forward"] = module.__dict__.pop("forward", None)
         module.__class__ = _class_for(type(module))
 
-    def uninstall(self) -> None:
+    def fx_uninstall(self) -> None:
         """Be an ordinary module again."""
-        del self.__dict__["_sparse"]
-        own_forward = self.__dict__.pop("_own_forward")
+        del self.__dict__["_fx_sparse"]
+        own_forward = self.__dict__.pop("_fx_own_forward")
         if own_forward is not None:
             self.__dict__["forward"] = own_forward
-        self.__class__ = self.__dict__.pop("_dense_class")
+        self.__class__ = self.__dict__.pop("_fx_dense_class")
 
-    def sparse_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def fx_sparse_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's forward, with the products of the plan replaced."""
         # all of them: a weight may be computed from its own parameter and others, such as a gain
         # (one with several names goes by the plan's)
         parameters = dict(self.named_parameters())
-        parameters |= {name: self.get_parameter(name) for name in self._sparse}
-        with SparseProducts(parameters, self._sparse):
-            if self._own_forward is not None:
-                return self._own_forward(*args, **kwargs)
-            return self._dense_class.forward(self, *args, **kwargs)
+        parameters |= {name: self.get_parameter(name) for name in self._fx_sparse}
+        with SparseProducts(parameters, self._fx_sparse):
+            if self._fx_own_forward is not None:
+                return self._fx_own_forward(*args, **kwargs)
+            return self._fx_dense_class.forward(self, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """The parameters whose products are sparse, with what is kept."""
         kept = ", ".join(
-            f"{name}: {s.k}/{s.n} {s.select}" for name, of in self._sparse.items() for s in of.values()
+            f"{name}: {s.k}/{s.n} {s.select}" for name, of in self._fx_sparse.items() for s in of.values()
         )
-        own = self._dense_class.extra_repr(self)
+        own = self._fx_dense_class.extra_repr(self)
         return ", ".join(filter(None, (own, f"sparse products: {kept}")))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        own = ("_sparse", "_dense_class", "_own_forward")
+        own = ("_fx_sparse", "_fx_dense_class", "_fx_own_forward")
         state = {key: value for key, value in vars(self).items() if key not in own}
-        if self._own_forward is not None:
-            state["forward"] = self._own_forward
-        return _rebuild, (self._dense_class, state, self._sparse)
+        if self._fx_own_forward is not None:
+            state["forward"] = self._fx_own_forward
+        return _rebuild, (self._fx_dense_class, state, self._fx_sparse)
 
 
 def _class_for(base: type[nn.Module]) -> type[nn.Module]:
@@ -117,7 +117,7 @@ def _class_for(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: SparseCode, *args: Any, **kwargs: Any) -> Any:
-        return self.sparse_forward(*args, **kwargs)
+        return self.fx_sparse_forward(*args, **kwargs)
 
     return type(base.__name__, (SparseCode, base), {"forward": forward, "__module__": base.__module__})
 
@@ -125,5 +125,5 @@ def _class_for(base: type[nn.Module]) -> type[nn.Module]:
 def _rebuild(base: type[nn.Module], state: Mapping[str, Any], plan: ProductPlan) -> nn.Module:
     module = base.__new__(base)
     module.__dict__.update(state)
-    SparseCode.install(module, plan)
+    SparseCode.fx_install(module, plan)
     return module

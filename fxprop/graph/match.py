@@ -36,7 +36,7 @@ def find_sites(traced: Traced, training: bool, run: Run | None) -> tuple[Site, .
     """
     found: list[_Found] = []
     for path, piece in traced.pieces.items():
-        graph = piece.graphs.get(training)
+        graph = piece.fx_graphs.get(training)
         if graph is not None:
             calls = [None] if run is None else run.calls.get(path, [])
             for call in calls:
@@ -106,9 +106,9 @@ def _with_unique_names(sites: list[Site]) -> list[Site]:
 def _by_graph(traced: Traced, training: bool, sites: list[Site]) -> tuple[Site, ...]:
     """Mark the sites of the model's own graph with no other site upstream or downstream in it."""
     root = traced.pieces.get("")
-    if root is None or training not in root.graphs:
+    if root is None or training not in root.fx_graphs:
         return tuple(sites)
-    graph = root.graphs[training]
+    graph = root.fx_graphs[training]
     nodes = {node.name: node for node in graph.nodes}
     at_site = {node for node in graph.nodes if _is_at(traced, node, sites)}
     above: set[fx.Node] = set()  # nodes with a site upstream of them

@@ -34,13 +34,13 @@ def rewrite_model(root: nn.Module, pieces: Mapping[str, TracedModule], plans: Ma
     """
     made = {path: _rewritten_graphs(piece, path, plans) for path, piece in pieces.items()}
     for path, (key, graphs) in made.items():
-        pieces[path].show_version(key, graphs)
+        pieces[path].fx_show_version(key, graphs)
     for path, products in _products(plans).items():
         module = root.get_submodule(path)
         if isinstance(module, SparseCode):
-            module.uninstall()
+            module.fx_uninstall()
         if products:
-            SparseCode.install(module, products)
+            SparseCode.fx_install(module, products)
 
 
 def _rewritten_graphs(
@@ -48,17 +48,17 @@ def _rewritten_graphs(
 ) -> tuple[Hashable, Graphs]:
     """The graphs of `piece` by the plans, and what tells this version of it from others."""
     of_mode = {
-        mode: _of_graph(plans[mode if mode in plans else not mode], path) for mode in piece.graphs_before
+        mode: _of_graph(plans[mode if mode in plans else not mode], path) for mode in piece.fx_graphs_before
     }
     key = tuple((mode, d.site.node, d.sparsity) for mode, of in of_mode.items() for d in of)
     if not key:
-        return key, piece.graphs_before
-    known = piece.version(key)
+        return key, piece.fx_graphs_before
+    known = piece.fx_version(key)
     if known is not None:
         return key, known
     graphs: dict[bool, fx.Graph] = {}
-    for mode, before in sorted(piece.graphs_before.items(), key=lambda item: item[0] != piece.training):
-        if graphs.get(not mode) is not None and before is piece.graphs_before[not mode]:
+    for mode, before in sorted(piece.fx_graphs_before.items(), key=lambda item: item[0] != piece.training):
+        if graphs.get(not mode) is not None and before is piece.fx_graphs_before[not mode]:
             graphs[mode] = graphs[not mode]
             continue
         graphs[mode] = rewrite(before, of_mode[mode])
@@ -157,5 +157,5 @@ def is_rewritten(module: object) -> bool:
     if isinstance(module, SparseCode):
         return True
     if isinstance(module, TracedModule):
-        return any(rewritten_nodes(graph) for graph in module.graphs.values())
+        return any(rewritten_nodes(graph) for graph in module.fx_graphs.values())
     return isinstance(module, fx.GraphModule) and bool(rewritten_nodes(module.graph))

@@ -60,7 +60,7 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     Done outside the autograd function so that the cast's own backward returns gradients in the
     parameters' dtype. Like autocast itself it leaves float64 alone.
     """
-    device = input.device.type
+    device = autocast_device(input)
     if not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
@@ -73,6 +73,11 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 
 _USE_INSTEAD = "Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
+
+
+def autocast_device(tensor: Tensor) -> str:
+    """The device type to ask for autocast; the meta device has none, and says so by an error."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 class SparseFunction(torch.autograd.Function):

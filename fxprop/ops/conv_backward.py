@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import pointwise
-from fxprop.ops.common import SparseFunction, refuse_double_backward
+from fxprop.ops.common import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_channels
 
 
@@ -54,7 +54,7 @@ class SparseConv(SparseFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             grads = _backward(grad_output, input, weight, ctx.geometry, ctx.keep, ctx.needs_input_grad)
         return (*refuse_double_backward(grads, (grad_output, input, weight)), None, None)
 

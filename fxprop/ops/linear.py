@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fxprop.ops.common import (
     SparseFunction,
     autocast,
+    autocast_device,
     check_keep,
     needs_backward,
     public,
@@ -58,7 +59,7 @@ class _SparseLinear(SparseFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             grads = _backward(grad_output, input, weight, ctx.keep, ctx.needs_input_grad)
         return (*refuse_double_backward(grads, (grad_output, input, weight)), None)
 

@@ -19,6 +19,7 @@ from fxprop.errors import OpError
 from fxprop.ops.common import (
     SparseFunction,
     autocast,
+    autocast_device,
     check_keep,
     needs_backward,
     public,
@@ -140,7 +141,7 @@ class _SparseProduct(SparseFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             grads = _backward(
                 grad_output, input, weight, ctx.bias_shape, ctx.form, ctx.keep, ctx.needs_input_grad
             )
