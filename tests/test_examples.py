@@ -48,6 +48,20 @@ def test_finetune():
     assert dense[1] != sparse[1]
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_ddp(sync):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--epochs=2", *(["--sync-selection"] if sync else [])]
+    result = subprocess.run(
+        [*command, EXAMPLES / "train_ddp.py", *options], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"keep ([\d.]+), loss ([\d.]+), (\d+) of 512 rows kept", result.stdout)
+    assert [keep for keep, _, _ in lines] == ["1.00", "0.10"]
+    rows = int(lines[1][2])
+    assert rows == 51 if sync else rows > 51  # 10 % of 512; alone, each process keeps its own
+
+
 @pytest.mark.parametrize("select", ["element", "channel", "dense"])
 def test_mnist(tiny_mnist, select):
     out = run("mnist_cnn.py", "--data", tiny_mnist, "--select", select, "--epochs", 1)

@@ -121,6 +121,17 @@ def test_private_names_of_torch_are_still_there():
     assert strategy(action.SKIP, action.DEFAULT).cur_action == action.SKIP
 
 
+def test_no_string_is_ever_evaluated():
+    """What users write in policies, files and on the command line is data."""
+    calls = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                calls.add(node.func.id)
+    assert not calls & {"eval", "exec", "compile", "__import__"}
+    assert "isinstance" in calls
+
+
 def test_errors_are_one_family():
     from fxprop import errors
 
