@@ -209,6 +209,27 @@ def test_parametrized_before_and_after(how):
     assert not equal(gradients(gm), gradients(before))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_computed_by_hooks(how):
+    """The older forms put a hook on the layer, which stays a module and is rewritten all the same."""
+    model = Net().double()
+    how(model.fc1)
+    model.eval()
+    gm, report = fxprop.transform(model, 0.25, (X,))
+    assert [layer.name for layer in report.layers if layer.status == "rewritten"] == ["conv", "fc1", "fc2"]
+    for _ in range(2):
+        assert torch.equal(gm(X), model(X))
+        with torch.no_grad():
+            own = gm.fc1.weight_g if how is nn.utils.weight_norm else gm.fc1.weight_orig
+            own.mul_(1.5)  # the hook sees it
+    assert not equal(gradients(gm), gradients(model))
+    later = made()[1]
+    how(later.fc1)
+    with pytest.warns(UserWarning, match="hooks on fc1 do not run"):
+        later(X)
+
+
 def test_tied_weights():
     class Tied(nn.Module):
         def __init__(self):

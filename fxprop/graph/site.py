@@ -92,7 +92,8 @@ def _is_parameter(module: nn.Module, target: str) -> bool:
     owner, attribute = _owner(module, target)
     tensor = _lookup(module, target)
     # hooks such as weight_norm's put a computed weight where the parameter was
-    computed = isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    hooked = bool(owner._forward_pre_hooks) and attribute in vars(owner)
+    computed = isinstance(tensor, torch.Tensor) and (tensor.requires_grad or hooked)
     return isinstance(tensor, nn.Parameter) or computed or parametrize.is_parametrized(owner, attribute)
 
 
