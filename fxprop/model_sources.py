@@ -22,8 +22,10 @@ from torch.utils import _pytree as pytree
 
 from fxprop.errors import CommandError
 from fxprop.hub_sources import hf_inputs, hf_model, timm_model
+from fxprop.saved_files import exported_program, pickled_module
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
+
 _DEFAULT_BATCH = 8
 # the shortest clip that all of torchvision's video models take
 _FRAMES = 16
@@ -283,31 +285,14 @@ def _model_args(source: Source) -> dict[str, Any]:
 
 def _from_export(source: Source) -> Loaded:
     _check_file(source.model)
-    try:
-        program = torch.export.load(source.model)
-    except Exception as error:
-        raise CommandError(f"{source.model} cannot be read as an exported program: {error}") from error
+    program = exported_program(source.model, unsafe_pickle=source.unsafe_pickle)
     args, kwargs = program.example_inputs or ((), {})
     return Loaded(program.module(), tuple(args), kwargs)
 
 
 def _from_pickle(source: Source) -> Loaded:
     _check_file(source.model)
-    if not source.unsafe_pickle:
-        raise CommandError(
-            f"{source.model} is a pickle, and loading one runs any code its author put there; if you trust "
-            "it, add --unsafe-pickle (for weights alone, name the model and give --weights FILE)"
-        )
-    try:
-        model = torch.load(source.model, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise CommandError(f"{source.model} cannot be loaded: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(
-            f"{source.model} holds a {type(model).__name__}, not a module; "
-            "for a state dict name the model and give --weights FILE"
-        )
-    return Loaded(model, ())
+    return Loaded(pickled_module(source.model, unsafe_pickle=source.unsafe_pickle), ())
 
 
 # --- weights ------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The command line as a user runs it."""
 
+import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -152,6 +155,29 @@ def test_weights_never_unpickle_code(capsys, tmp_path):
     assert code == 1
     assert "cannot be read as weights" in err
     assert "code from the file ran" not in out + err
+
+
+def test_exported_programs_never_unpickle_code(capsys, tmp_path):
+    file = str(tmp_path / "evil.pt2")
+    torch.export.save(torch.export.export(make_net(), (torch.randn(2, 3, 6, 6),)), file)
+    assert run(capsys, "report", file)[0] == 0
+    evil = io.BytesIO()
+    torch.save(Evil(), evil)
+    for member, code in (
+        ("data/constants/custom_obj_0", pickle.dumps(Evil())),
+        ("data/sample_inputs/model.pt", evil.getvalue()),
+    ):
+        changed = str(tmp_path / "changed.pt2")
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as new:
+            root = old.namelist()[0].partition("/")[0]
+            for name in old.namelist():
+                if name != f"{root}/{member}":
+                    new.writestr(name, old.read(name))
+            new.writestr(f"{root}/{member}", code)
+        code, out, err = run(capsys, "report", changed)
+        assert code == 1
+        assert "add --unsafe-pickle" in err or "cannot be read as an exported program" in err
+        assert "code from the file ran" not in out + err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ LAYERS = [
     ["inspect", "checks"],
     ["transform", "backend"],
     ["train"],
-    ["hub_sources"],
+    ["hub_sources", "saved_files"],
     ["model_sources"],
     ["cli"],
     ["__init__", "__main__"],
