@@ -1,5 +1,9 @@
 """Options of the test suite."""
 
+import os
+
+import torch
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -8,3 +12,8 @@ def pytest_addoption(parser):
         default=200,
         help="how many random networks test_random_networks.py draws (default: 200)",
     )
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the processes share the cores
