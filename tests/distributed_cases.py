@@ -146,6 +146,20 @@ def ddp_sync_selection(score):
     assert union > 6, union
 
 
+def ddp_compiled():
+    """The reduction of the scores inside a compiled backward."""
+    policy = fxprop.Policy(keep=0.25, sync_selection=True)
+    expected = joined(0.25)[1]
+    gm = make(policy)
+    ddp = DistributedDataParallel(torch.compile(gm, backend="aot_eager", fullgraph=True))
+    x, y = data()
+    for _ in range(2):
+        ddp.zero_grad()
+        step(ddp, mine(x), mine(y))
+        found = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(ddp).items()}
+        assert equal(found, expected)
+
+
 def ddp_no_sync():
     """Gradients accumulated under no_sync, and given over with the last."""
     gm = make(0.25)
@@ -274,6 +288,7 @@ CASES = {
     "ddp_sparse_static_graph": functools.partial(ddp_sparse, static_graph=True),
     "ddp_sync_selection_l1": functools.partial(ddp_sync_selection, "l1"),
     "ddp_sync_selection_l2": functools.partial(ddp_sync_selection, "l2"),
+    "ddp_compiled": ddp_compiled,
     "ddp_no_sync": ddp_no_sync,
     "ddp_schedule": ddp_schedule,
     "fsdp_dense": fsdp_dense,

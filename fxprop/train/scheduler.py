@@ -45,7 +45,7 @@ class KeepScheduler:
         schedule: Schedule,
         *,
         rules: Mapping[str, Schedule] | None = None,
-        levels: int | Sequence[float] | None = 8,
+        levels: int | Sequence[float] | None = 6,
         last_step: int = -1,
     ) -> None:
         self._gm = unwrapped(gm)
