@@ -14,13 +14,16 @@ from fxprop.policy_files import load_policy
 from fxprop.report.report import Report
 from fxprop.train import schedules
 from fxprop.train.keep import set_keep
+from fxprop.train.measure import Measurement, measure
 from fxprop.train.scheduler import KeepScheduler
+from fxprop.train.tune import tune
 from fxprop.transform import Transformed, estimate, layers, restore, transform
 from fxprop.version import __version__
 
 __all__ = [
     "FxpropError",
     "KeepScheduler",
+    "Measurement",
     "Policy",
     "Report",
     "Rule",
@@ -31,10 +34,12 @@ __all__ = [
     "estimate",
     "layers",
     "load_policy",
+    "measure",
     "ops",
     "register_site",
     "restore",
     "schedules",
     "set_keep",
     "transform",
+    "tune",
 ]

@@ -13,10 +13,14 @@ from typing import Any, Literal
 
 Select = Literal["channel", "element"]
 BiasGrad = Literal["full", "selected"]
+NormGrad = Literal["full", "kept"]
+When = Literal["faster", "always"]
 Status = Literal["rewritten", "dense", "skipped"]
 
 SELECTS: tuple[Select, ...] = ("channel", "element")
 BIAS_GRADS: tuple[BiasGrad, ...] = ("full", "selected")
+NORM_GRADS: tuple[NormGrad, ...] = ("full", "kept")
+WHENS: tuple[When, ...] = ("faster", "always")
 
 Shape = tuple[int, ...]
 
@@ -48,6 +52,17 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Region:
+    """What follows a convolution in the graph and can be rewritten with it: batch-norm, and ReLU or not."""
+
+    # qualified attribute name of the norm
+    norm: str
+    activation: Literal["relu"] | None
+    # graph nodes behind the convolution's own; the last one gives the region's output
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Site:
     """One use of a conv or linear weight in a graph.
 
@@ -69,6 +84,7 @@ class Site:
     # why the site must not be rewritten; None if it may be
     skip: str | None = None
     call: Call | None = None
+    region: Region | None = None
     # parts of the weight that do not meet: conv groups, matrices of a batched product, experts
     groups: int = 1
     # output channels or features of all groups together; None where unknown
@@ -144,6 +160,12 @@ class Sparsity:
     score: str
     bias: BiasGrad
     sync_selection: bool = False
+    # share of the batch that scores are computed from
+    score_fraction: float = 1.0
+    # of a region's norm
+    norm_grad: NormGrad = "full"
+    # whether the site's region is rewritten as one call
+    region: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,16 @@ class Decision:
     sparsity: Sparsity | None = None
     # which part of the policy decided: "rule 1 (name='fc')", "default", "output layer"
     decided_by: str = "default"
+
+    @property
+    def region(self) -> Region | None:
+        """The region that is rewritten with the site; None if the site is rewritten alone."""
+        return self.site.region if self.sparsity is not None and self.sparsity.region else None
+
+    @property
+    def node(self) -> str:
+        """The graph node that stands for the site after the rewrite."""
+        return self.site.node if self.region is None else self.region.nodes[-1]
 
 
 @dataclass(frozen=True)

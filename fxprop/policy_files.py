@@ -15,7 +15,8 @@ from typing import Any
 import tomli_w
 
 from fxprop.errors import PolicyError
-from fxprop.policy import Policy, Rule, check_keep, rule_fields
+from fxprop.policy import Policy, Rule, rule_fields
+from fxprop.settings import check_keep
 
 _RULES_KEY = "rule"
 # `key = value  # comment` in TOML, `"key": value,` in JSON

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from fxprop.errors import ModelError
-from fxprop.plan import Plan, Site
+from fxprop.plan import Decision, Plan, Site, Sparsity
 from fxprop.policy import Policy, Rule
 from fxprop.report.flops import make_report
 from fxprop.report.report import Report
@@ -33,6 +33,8 @@ class Recipe:
     frontend: str
     note: str
     untraced: Mapping[str, str]
+    # measured choices, by what was measured: (site's name, sparsity) -> why it is dense, or None
+    measured: Mapping[tuple[str, Sparsity], str | None] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
@@ -42,9 +44,20 @@ class Recipe:
     def planned(self, policy: Policy) -> dict[bool, Plan]:
         """The plans by another policy."""
         return {
-            mode: policy.resolve([decision.site for decision in plan.decisions])
+            mode: self._by_measurement(policy.resolve([decision.site for decision in plan.decisions]))
             for mode, plan in self.plans.items()
         }
+
+    def _by_measurement(self, plan: Plan) -> Plan:
+        return Plan(tuple(self._measured(decision) for decision in plan.decisions))
+
+    def _measured(self, decision: Decision) -> Decision:
+        if decision.sparsity is None:
+            return decision
+        reason = self.measured.get((decision.site.name, decision.sparsity))
+        if reason is None:
+            return decision
+        return Decision(decision.site, "dense", reason, decided_by="tune")
 
     def report(self, training: bool) -> Report:
         """The report on the present plan for that mode."""

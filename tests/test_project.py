@@ -17,6 +17,7 @@ LAYERS = [
     ["errors", "version"],
     ["plan"],
     ["ops"],
+    ["cost", "settings"],
     ["policy"],
     ["policy_files"],
     ["frontends"],

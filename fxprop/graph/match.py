@@ -17,6 +17,7 @@ from fxprop.frontends.traced import Traced
 from fxprop.graph.calls import product_site
 from fxprop.graph.functions import read_call
 from fxprop.graph.modules import opaque_module, read_module_call
+from fxprop.graph.regions import region_of
 from fxprop.graph.site import Context, call_name
 from fxprop.plan import Site
 
@@ -84,6 +85,7 @@ def _of_graph(traced: Traced, path: str, graph: fx.Graph, call: GraphCall | None
         elif node.op in ("call_function", "call_method"):
             site = read_call(context, node)
         if site is not None:
+            site = replace(site, region=region_of(context, node, site))
             order = call.order.get(node.name, 0) if call else 0
             found.append(_Found(site, order, call.functions.get(node.name) if call else None))
     return found

@@ -17,6 +17,7 @@ from fxprop.errors import RewriteError
 from fxprop.frontends.module import Graphs, TracedModule
 from fxprop.graph.calls import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
+from fxprop.ops.conv_norm import conv_batch_norm
 from fxprop.ops.select import Keep
 from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
 from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
@@ -96,6 +97,10 @@ def rewrite(graph: fx.Graph, decisions: tuple[Decision, ...]) -> fx.Graph:
 
         layer1_0_conv1_weight = self.layer1[0].conv1.weight
         conv1 = fxprop_ops_conv2d(x, layer1_0_conv1_weight, None, stride=(1, 1), ..., k=3, ...)
+
+    A region becomes one call in the place of its convolution, under the name of its last node::
+
+        relu = fxprop_ops_conv_batch_norm(x, layer1_0_conv1_weight, None, layer1_0_bn1, ..., k=3, ...)
     """
     twin = copy.deepcopy(graph)
     nodes = {node.name: node for node in twin.nodes}
@@ -128,13 +133,27 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
             for name, value in call.constants.items()
         }
     args, kwargs = arguments(Product(site.op, input_, weight, bias, constants))
-    keep = Keep(sparsity.k, sparsity.select, sparsity.score, sparsity.bias, sparsity.sync_selection)
+    keep = Keep.of(sparsity)
+    target, keywords = OPERATORS[site.op], keep.arguments(takes_bias(site.op))
+    last, inner = node, []
+    if decision.region is not None:
+        target, keywords = conv_batch_norm, keep.arguments(takes_bias=False, takes_norm=True)
+        if decision.region.activation is not None:
+            kwargs["activation"] = decision.region.activation
+        with graph.inserting_before(node):
+            norm = _fetch(graph, nodes, Operand(attribute=decision.region.norm), node)
+        args = (*args, norm)
+        *inner, last = (nodes[name] for name in (node.name, *decision.region.nodes))
+        # where the convolution stood: what lies between may change its input in place
+        node.append(last)
     # changed in place: the name, the users and the metadata stay
-    node.op = "call_function"
-    node.target = OPERATORS[site.op]
-    node.args = args
-    node.kwargs = {**kwargs, **keep.arguments(takes_bias(site.op))}
-    node.meta[META_KEY] = decision
+    last.op = "call_function"
+    last.target = target
+    last.args = args
+    last.kwargs = {**kwargs, **keywords}
+    last.meta[META_KEY] = decision
+    for replaced in reversed(inner):
+        graph.erase_node(replaced)
 
 
 def _fetch(graph: fx.Graph, nodes: dict[str, fx.Node], operand: Operand, user: fx.Node) -> fx.Node:

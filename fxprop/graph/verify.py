@@ -7,6 +7,7 @@ import warnings
 from torch import fx, nn
 
 from fxprop.errors import RewriteError
+from fxprop.ops.conv_norm import conv_batch_norm
 from fxprop.ops.table import OPERATORS
 from fxprop.plan import Decision
 
@@ -24,7 +25,7 @@ def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, .
         old, new = _interface(before, op), _interface(after, op)
         if old != new:
             raise RewriteError(f"the rewrite changed the graph's {op}s from {old} to {new}")
-    planned = {d.site.node for d in decisions}
+    planned = {d.node for d in decisions}
     found = {node.name for node in rewritten_nodes(after)} - {node.name for node in rewritten_nodes(before)}
     if planned != found:
         raise RewriteError(
@@ -35,7 +36,7 @@ def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, .
 
 def rewritten_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of `graph` that call a sparse operator."""
-    functions = set(OPERATORS.values())
+    functions = {*OPERATORS.values(), conv_batch_norm}
     return [n for n in graph.nodes if n.op == "call_function" and n.target in functions]
 
 

@@ -5,6 +5,7 @@ Tensors in, tensors out; nothing here knows about graphs.
 
 from fxprop.ops.attention import attention, check_same, restore_layout, sequence_first, unpack
 from fxprop.ops.conv import conv1d, conv2d, conv3d
+from fxprop.ops.conv_norm import conv_batch_norm
 from fxprop.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
@@ -20,6 +21,7 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv3d",
+    "conv_batch_norm",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",

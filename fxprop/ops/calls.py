@@ -113,7 +113,7 @@ class SparseProducts(ProductMode):
         if n != sparsity.n and sparsity.select == "channel":
             k = max(1, int(k * n / sparsity.n + 0.5))
         args, kwargs = arguments(product)
-        keep = Keep(k, sparsity.select, sparsity.score, sparsity.bias, sparsity.sync_selection)
+        keep = Keep.of(sparsity)._replace(k=k)
         return OPERATORS[product.op](*args, **kwargs, **keep.arguments(takes_bias(product.op)))
 
 

@@ -28,7 +28,7 @@ def expand(value: IntOrInts, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def _resolve_padding(
+def resolve_padding(
     input: Tensor, weight: Tensor, padding: IntOrInts | str, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """Numeric padding, and the input it applies to; mirrors aten's `_convolution_same`.
@@ -84,7 +84,7 @@ def _convolve(
     if unbatched:
         input = input.unsqueeze(0)
     dilations = expand(dilation, dims)
-    input, paddings = _resolve_padding(input, weight, padding, dilations)
+    input, paddings = resolve_padding(input, weight, padding, dilations)
     geometry = Geometry(expand(stride, dims), paddings, dilations, groups)
     output: Tensor = SparseConv.apply(input, weight, bias, geometry, keep)
     return output.squeeze(0) if unbatched else output
@@ -110,6 +110,7 @@ def conv1d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose backward uses only the top-k part of grad_output.
 
@@ -118,7 +119,7 @@ def conv1d(
     input [N, C_in, L] or [C_in, L], weight [C_out, C_in/groups, kL]; dtypes, `select`,
     `score`, `bias_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(conv1d, F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -137,6 +138,7 @@ def conv2d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose backward uses only the top-k part of grad_output.
 
@@ -160,7 +162,7 @@ def conv2d(
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,
     section 3.3, applied to output channels ("channel").
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(conv2d, F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -179,6 +181,7 @@ def conv3d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose backward uses only the top-k part of grad_output.
 
@@ -187,5 +190,5 @@ def conv3d(
     input [N, C_in, D, H, W] or [C_in, D, H, W], weight [C_out, C_in/groups, kD, kH, kW]; dtypes, `select`,
     `score`, `bias_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(conv3d, F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)

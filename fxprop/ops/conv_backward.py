@@ -84,26 +84,36 @@ def _backward(
         return grad_input, grad_weight, grad.sum(summed) if needs_bias else grad_bias
 
     out_channels, groups = geometry.out_channels(weight), geometry.groups
-    depthwise = groups == out_channels
-    kept = select_channels(grad_output, 1, 1 if depthwise else groups, keep)
+    kept = select_channels(grad_output, 1, 1 if groups == out_channels else groups, keep)
     grad = take_channels(grad_output, kept)
-    if depthwise and groups > 1:
-        grad_input, grad_weight = _depthwise(grad, input, weight, geometry, kept, wanted)
-    elif geometry.transposed:
-        grad_input, grad_weight = _transposed(grad, input, weight, geometry, kept, wanted)
-    else:
-        kept_weight = weight.index_select(0, kept)
-        if pointwise.applies(input, weight, geometry.padding, groups):
-            grad_input, grad_weight = pointwise.gradients(
-                grad, input, kept_weight, geometry.stride, *wanted
-            )
-        else:
-            grad_input, grad_weight = _dense(grad, input, kept_weight, geometry, groups, wanted)
-        if grad_weight is not None:
-            grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+    grad_input, grad_weight = from_kept(grad, kept, input, weight, geometry, wanted)
     if needs_bias:
         grad_bias = grad.new_zeros(out_channels).index_copy_(0, kept, grad.sum(summed))
     return grad_input, grad_weight, grad_bias
+
+
+def from_kept(
+    grad: Tensor,
+    kept: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_input and grad_weight from grad_output's channels `kept`, [N, k * groups, *spatial_out]."""
+    groups = geometry.groups
+    if groups > 1 and groups == geometry.out_channels(weight):
+        return _depthwise(grad, input, weight, geometry, kept, wanted)
+    if geometry.transposed:
+        return _transposed(grad, input, weight, geometry, kept, wanted)
+    kept_weight = weight.index_select(0, kept)
+    if pointwise.applies(input, weight, geometry.padding, groups):
+        grad_input, grad_weight = pointwise.gradients(grad, input, kept_weight, geometry.stride, *wanted)
+    else:
+        grad_input, grad_weight = _dense(grad, input, kept_weight, geometry, groups, wanted)
+    if grad_weight is not None:
+        grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+    return grad_input, grad_weight
 
 
 def _depthwise(

@@ -85,6 +85,7 @@ def conv_transpose1d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose backward uses only the top-k part of grad_output.
 
@@ -94,7 +95,7 @@ def conv_transpose1d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(
         conv_transpose1d,
         F.conv_transpose1d,
@@ -127,6 +128,7 @@ def conv_transpose2d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose backward uses only the top-k part of grad_output.
 
@@ -136,7 +138,7 @@ def conv_transpose2d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(
         conv_transpose2d,
         F.conv_transpose2d,
@@ -169,6 +171,7 @@ def conv_transpose3d(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose backward uses only the top-k part of grad_output.
 
@@ -178,7 +181,7 @@ def conv_transpose3d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     return _convolve(
         conv_transpose3d,
         F.conv_transpose3d,

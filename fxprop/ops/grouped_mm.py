@@ -101,6 +101,7 @@ def grouped_mm(
     select: Select = "channel",
     score: str = "l1",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.grouped_mm` whose backward uses only the top-k part of grad_output.
 
@@ -116,7 +117,7 @@ def grouped_mm(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward.
     """
-    keep = Keep(k, select, score, "full", sync_selection)
+    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
     tensors = (mat_a, mat_b, offs)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(

@@ -108,6 +108,7 @@ def linear(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.linear` whose backward uses only the top-k part of grad_output.
 
@@ -127,7 +128,7 @@ def linear(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     if has_torch_function((input, weight, bias)):
         traced: Tensor = handle_torch_function(
             linear, (input, weight, bias), input, weight, bias, **keep.arguments()

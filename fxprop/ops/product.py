@@ -271,6 +271,7 @@ def matmul(
     select: Select = "channel",
     score: str = "l1",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.matmul` (also mm, bmm and @) whose backward uses only the top-k part of grad_output.
 
@@ -286,7 +287,7 @@ def matmul(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, "full", sync_selection)
+    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
     if has_torch_function((input, other)):
         traced: Tensor = handle_torch_function(
             matmul, (input, other), input, other, weight=weight, **keep.arguments()
@@ -309,6 +310,7 @@ def addmm(
     score: str = "l1",
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.addmm` whose backward uses only the top-k part of grad_output; `mat2` is the weight.
 
@@ -317,7 +319,7 @@ def addmm(
     The gradient of `input`, the bias, is that of all of grad_output, or with bias_grad="selected" of
     what was kept. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
     tensors = (input, mat1, mat2)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(
@@ -337,6 +339,7 @@ def einsum(
     select: Select = "channel",
     score: str = "l1",
     sync_selection: bool = False,
+    score_fraction: float = 1.0,
 ) -> Tensor:
     """`torch.einsum` of two operands whose backward uses only the top-k part of grad_output.
 
@@ -345,7 +348,7 @@ def einsum(
     `equation` names every index (no ellipsis); those of the weight and the output alone are the output
     features. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, "full", sync_selection)
+    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
     if has_torch_function(operands):
         traced: Tensor = handle_torch_function(
             einsum, operands, equation, *operands, weight=weight, **keep.arguments()

@@ -6,6 +6,7 @@ synchronises with the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from fxprop.errors import PolicyError
-from fxprop.plan import BiasGrad, Select
+from fxprop.plan import BiasGrad, NormGrad, Select, Sparsity
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
 Score = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -29,14 +30,33 @@ class Keep(NamedTuple):
     score: str
     bias_grad: BiasGrad = "full"
     sync_selection: bool = False
+    score_fraction: float = 1.0
+    norm_grad: NormGrad = "full"
 
-    def arguments(self, takes_bias: bool = True) -> dict[str, Any]:
+    @classmethod
+    def of(cls, sparsity: Sparsity) -> Keep:
+        """What a plan says of one site."""
+        return cls(
+            sparsity.k,
+            sparsity.select,
+            sparsity.score,
+            sparsity.bias,
+            sparsity.sync_selection,
+            sparsity.score_fraction,
+            sparsity.norm_grad,
+        )
+
+    def arguments(self, takes_bias: bool = True, takes_norm: bool = False) -> dict[str, Any]:
         """As keywords of a call, without the defaults that generated code leaves out."""
         keywords = self._asdict()
         if not takes_bias or self.bias_grad == "full":
             del keywords["bias_grad"]
         if not self.sync_selection:
             del keywords["sync_selection"]
+        if self.score_fraction == 1:
+            del keywords["score_fraction"]
+        if not takes_norm or self.norm_grad == "full":
+            del keywords["norm_grad"]
         return keywords
 
 
@@ -116,14 +136,23 @@ def channel_scores(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Te
     """The scores over `dims`; NaN where a channel has an entry that is not finite and the score hides it.
 
     So whatever the score, such a channel is among the kept, and a GradScaler sees it in the gradients.
-    With `keep.sync_selection` they are summed over all processes (the squares of l2).
+    `keep.score_fraction` of the first of `dims` is looked at, from its beginning: with less than all of it,
+    the scores, and what they see of entries that are not finite, are those of a part of the batch. With
+    `keep.sync_selection` they are summed over all processes (the squares of l2).
     """
+    if dims:
+        grad_output = part_of(grad_output, keep.score_fraction, dims[0])
     scores = get_score(keep.score)(grad_output, dims)
     if keep.score not in _SEE_NONFINITE:
         scores = scores + 0 * _l1(grad_output, dims)
     if not keep.sync_selection:
         return scores
     return summed_over_processes(scores.square() if keep.score == "l2" else scores)
+
+
+def part_of(tensor: Tensor, fraction: float, dim: int = 0) -> Tensor:
+    """The first `fraction` of `tensor` along `dim`, rounded up."""
+    return tensor if fraction == 1 else tensor.narrow(dim, 0, math.ceil(fraction * tensor.shape[dim]))
 
 
 def summed_over_processes(scores: Tensor) -> Tensor:
@@ -143,10 +172,15 @@ def select_channels(grad_output: Tensor, channel_dim: int, groups: int, keep: Ke
     """
     dims = tuple(d for d in range(grad_output.dim()) if d != channel_dim)
     scores = channel_scores(grad_output, dims, keep)
+    return top_channels(scores, groups, keep.k)
+
+
+def top_channels(scores: Tensor, groups: int, k: int) -> Tensor:
+    """Indices of the k highest scores in each of `groups` equal runs, int64 [k * groups]."""
     if groups == 1:
-        return scores.topk(keep.k).indices
+        return scores.topk(k).indices
     per_group = scores.numel() // groups
-    kept = scores.view(groups, per_group).topk(keep.k, dim=1).indices
+    kept = scores.view(groups, per_group).topk(k, dim=1).indices
     offsets = torch.arange(0, scores.numel(), per_group, device=kept.device)
     return (kept + offsets[:, None]).flatten()
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from fxprop.errors import PolicyError
-from fxprop.policy import Rule, check_keep
+from fxprop.policy import Rule
 from fxprop.recipe import recipe_of
+from fxprop.settings import check_keep
 from fxprop.train.keep import put_in_force, unwrapped
 from fxprop.train.schedules import Schedule
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fxprop.errors import PolicyError
-from fxprop.policy import check_keep
+from fxprop.settings import check_keep
 
 
 class Schedule(Protocol):

@@ -1,0 +1,71 @@
+"""Will a sparse backward be faster? A guess from bytes moved and FLOPs, without measuring.
+
+The dense backward is two products; the sparse one is two smaller products, a pass over grad_output for the
+scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; an
+entry that is moved from or to memory costs `_ENTRY` of them. Layers that fit in a cache are not modelled:
+what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
+AVX-512 (examples/benchmarks/cost_model.py shows how well); `fxprop.tune` measures instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fxprop.plan import Site, Sparsity
+
+# FLOPs in the time that one entry takes between memory and core
+_ENTRY = 60.0
+# entries of input, weight and output together that a core's cache holds
+_IN_CACHE = 2**18
+# FLOPs of a large product in the time of one FLOP of a depthwise convolution
+_DEPTHWISE = 8.0
+
+# entries of a region from which on one pass over them beats the separate kernels
+_REGION = {"l2": 2**19, "random": 2**19, "l1": 2**22}
+
+
+def region_wins(site: Site, sparsity: Sparsity) -> bool:
+    """Whether batch-norm and ReLU are better rewritten with the convolution than left alone."""
+    if site.output_shape is None:
+        return True
+    least = 0 if sparsity.norm_grad == "kept" else _REGION[sparsity.score]
+    return math.prod(site.output_shape) >= least
+
+
+def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
+    """Why the site had better stay dense; None if a sparse backward should win, or nothing is known."""
+    speedup = predicted_speedup(site, sparsity)
+    if speedup is None or speedup >= 1:
+        return None
+    kind = "depthwise" if site.is_depthwise else "1x1" if _is_pointwise(site) else site.op
+    return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it all the same"
+
+
+def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
+    """Time of the dense backward over that of the sparse one; None where it is not modelled."""
+    shapes = (site.input_shape, site.weight_shape, site.output_shape)
+    if sparsity.select != "channel" or site.multiply_adds is None or None in shapes:
+        return None
+    input, weight, output = (float(math.prod(shape)) for shape in shapes if shape is not None)
+    needs = (site.needs_grad_input, site.needs_grad_weight)
+    if input + weight + output < _IN_CACHE or not any(needs):
+        return None
+    share = sparsity.k / sparsity.n
+    flops = 2.0 * site.multiply_adds * (_DEPTHWISE if site.is_depthwise else 1)
+    # a depthwise convolution reads and writes the kept channels of its input only
+    of_input = share if site.is_depthwise else 1.0
+    dense = sparse = 0.0
+    for needed, weight_is_written in zip(needs, (False, True), strict=True):
+        if needed:
+            dense += flops + _ENTRY * (output + input + weight)
+            sparse += share * flops + _ENTRY * (share * (output + weight) + of_input * input)
+            sparse += _ENTRY * weight * weight_is_written  # zeros first
+    scored = 0.0 if sparsity.region or sparsity.score == "random" else sparsity.score_fraction
+    # the kept channels are read and written once; a depthwise convolution's input too, and its gradient
+    moved = 2 * share * output + (4 * share * input + input if site.is_depthwise else 0)
+    sparse += _ENTRY * (scored * output + moved)
+    return dense / sparse
+
+
+def _is_pointwise(site: Site) -> bool:
+    return site.is_convolution and all(size == 1 for size in (site.weight_shape or ())[2:])

@@ -1,0 +1,84 @@
+"""One pass over memory in place of several: element-wise formulas with their reductions.
+
+A formula is an ordinary function of tensors. Large tensors on the CPU go through inductor, which makes one
+loop of it; without a compiler, and for small tensors, the formula runs piece by piece, so that what it
+makes on the way stays in the cache. On other devices it runs as it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("fxprop")
+
+Result = TypeVar("Result")
+Formula = Callable[..., Result]
+
+# below this many entries a call takes longer than what it saves
+_WORTH_COMPILING = 2**18
+
+# entries that stay in a core's cache between two passes over them
+_CACHED = 2**17
+
+_broken: list[str] = []
+
+
+def compiles(tensor: Tensor) -> bool:
+    """Whether formulas over such a tensor are compiled; never with FXPROP_FUSE=0 in the environment."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.numel() >= _WORTH_COMPILING
+        and not _broken
+        and not torch.compiler.is_compiling()
+        and os.environ.get("FXPROP_FUSE", "1") != "0"
+    )
+
+
+def compiled(formula: Formula[Result], *args: Any) -> Result | None:
+    """What `formula` gives, by its compiled form; None if that cannot be had on this machine."""
+    try:
+        result: Result = _compiled(formula)(*args)
+        return result
+    except Exception as error:  # inductor raises many kinds, and a missing compiler is one of them
+        _broken.append(f"{type(error).__name__}: {error}")
+        _log.warning("fxprop: inductor cannot compile on this machine; going on without (%s)", _broken[0])
+        return None
+
+
+@functools.cache
+def _compiled(formula: Formula[Result]) -> Formula[Result]:
+    _log.info("fxprop: compiling %s; torch keeps the result in its cache on disk", formula)
+    return torch.compile(formula, dynamic=True, fullgraph=True)
+
+
+def summed(formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """The sums that `formula` makes over [examples, channels, positions] or [positions, channels].
+
+    Arguments with as many dimensions as `like` are split along the first one; the others, one value per
+    channel, go to every piece.
+    """
+    if compiles(like):
+        sums = compiled(formula, *args)
+        if sums is not None:
+            return sums
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() <= 2 * _CACHED:
+        return formula(*args)
+    rows = max(1, _CACHED * len(like) // like.numel())
+    starts = range(0, len(like), rows)
+    pieces = [
+        formula(
+            *(
+                a[start : start + rows] if isinstance(a, Tensor) and a.dim() == like.dim() else a
+                for a in args
+            )
+        )
+        for start in starts
+    ]
+    return tuple(torch.stack(sums).sum(0) for sums in zip(*pieces, strict=True))

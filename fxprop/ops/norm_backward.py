@@ -1,0 +1,241 @@
+"""The backward of batch-norm and ReLU for the channels that a convolution before them keeps.
+
+In training, batch-norm's backward is independent per channel (Ioffe and Szegedy, 1502.03167, section 3):
+
+    grad_input = scale * (g - sum(g) / m - xhat * sum(g * xhat) / m),    scale = gamma / std
+
+with g the gradient behind ReLU's mask, m the entries per channel and xhat the normalised input. So the
+norm of each channel of grad_input follows from sums, before any entry of it exists: with sum(xhat) = 0 and
+sum(xhat^2) = m
+
+    sum(grad_input^2) = scale^2 * (sum(g^2) - sum(g)^2 / m - sum(g * xhat)^2 / m)
+
+Only the channels that are kept are then computed. (xhat^2 sums to m * var / (var + eps): the sum over
+`xhat` is taken with the same eps, and the difference is accounted for.)
+
+Tensors are [N, C, positions], or [positions, C] where channels are last in memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxprop.ops import fused
+from fxprop.ops.select import Keep, is_channels_last, part_of, summed_over_processes, take_channels
+
+# scores that follow from sums over grad_output alone
+SCORES = ("l1", "l2", "random")
+
+
+class Sums(NamedTuple):
+    """Over all entries of a channel, [C] each: of g, of g * xhat, of g^2."""
+
+    grad: Tensor
+    product: Tensor
+    square: Tensor
+
+
+class NormBackward(NamedTuple):
+    """What the backward of batch-norm and ReLU needs; `output` is None where there is no ReLU."""
+
+    grad_output: Tensor
+    output: Tensor | None
+    input: Tensor
+    mean: Tensor
+    invstd: Tensor
+    gamma: Tensor | None
+    eps: float
+
+    @property
+    def entries(self) -> int:
+        """m: entries per channel."""
+        return self.input.numel() // len(self.mean)
+
+    @property
+    def scale(self) -> Tensor:
+        """gamma / std, [C]."""
+        return self.invstd if self.gamma is None else self.invstd * self.gamma
+
+    def _flat(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        tensors = (self.grad_output, self.output, self.input)
+        last = is_channels_last(self.input)
+        grad, output, input = (None if t is None else _flatten(t, last) for t in tensors)
+        assert grad is not None
+        assert input is not None
+        return grad, output, input
+
+    def sums(self) -> Sums:
+        """Everything that scores and the gradients of gamma and beta are made of, in one pass."""
+        grad, output, input = self._flat()
+        given = (grad, input) if output is None else (grad, input, output)
+        if fused.compiles(grad):
+            formula = _masked_sums if output is not None else _plain_sums
+        else:
+            formula = _masked_sums_by_aten if output is not None else _sums_by_aten
+        return Sums(*fused.summed(formula, *given, self.mean, self.invstd, like=grad))
+
+    def scores(self, sums: Sums, keep: Keep) -> Tensor:
+        """One score per channel of the norm's grad_input; NaN where an entry is not finite."""
+        if keep.score == "l1":
+            grad, output, input = self._flat()
+            given = (grad, input) if output is None else (grad, input, output)
+            shift = sums.grad / self.entries
+            slope = self.invstd * sums.product / self.entries
+            formula = _masked_magnitudes if output is not None else _plain_magnitudes
+            (scores,) = fused.summed(formula, *given, self.mean, shift, slope, like=grad)
+            scores = scores * self.scale.abs()
+        elif keep.score == "l2":
+            # sum(xhat^2) / m, which eps makes a little less than 1
+            power = 1 - self.eps * self.invstd.square()
+            dropped = (sums.grad.square() + (2 - power) * sums.product.square()) / self.entries
+            scores = (sums.square - dropped).clamp_min(0) * self.scale.square()
+        else:
+            scores = torch.rand_like(sums.grad) + 0 * sums.square
+        return summed_over_processes(scores) if keep.sync_selection else scores
+
+    def part(self, fraction: float) -> NormBackward:
+        """The same for the first examples, with the whole batch's mean and deviation."""
+        if fraction == 1:
+            return self
+        grad, output, input = (
+            None if t is None else part_of(t, fraction) for t in (self.grad_output, self.output, self.input)
+        )
+        assert grad is not None
+        assert input is not None
+        return self._replace(grad_output=grad, output=output, input=input)
+
+    def kept_gradient(self, sums: Sums, kept: Tensor) -> Tensor:
+        """The channels `kept` of the norm's grad_input, in the input's memory format: [N, k, *spatial]."""
+        grad, output, input = self._flat()
+        if not fused.compiles(grad):
+            return self.backward(kept)[0]
+        constants = (
+            self.mean,
+            self.scale,
+            self.scale * sums.grad / self.entries,
+            self.scale * self.invstd * sums.product / self.entries,
+        )
+        given = (grad, input) if output is None else (grad, input, output)
+        found = fused.compiled(
+            _masked_kept if output is not None else _plain_kept, *given, kept, *constants
+        )
+        if found is None:
+            return self.backward(kept)[0]
+        n, *spatial = self.input.shape[0], *self.input.shape[2:]
+        if is_channels_last(self.input):
+            return found.view(n, *spatial, len(kept)).movedim(-1, 1)
+        return found.view(n, len(kept), *spatial)
+
+    def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the norm's input, gamma and beta in the channels `kept`, by torch's kernel."""
+        grad = _wide(take_channels(self.grad_output, kept))
+        if self.output is not None:
+            grad = torch.ops.aten.threshold_backward(grad, _wide(take_channels(self.output, kept)), 0)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+            grad,
+            _wide(take_channels(self.input, kept)),
+            None if self.gamma is None else self.gamma[kept].to(self.mean.dtype),
+            None,
+            None,
+            self.mean[kept],
+            self.invstd[kept],
+            True,
+            self.eps,
+            [True, True, True],
+        )
+        return found[0].to(self.input.dtype), found[1], found[2]
+
+
+def _flatten(tensor: Tensor, channels_last: bool) -> Tensor:
+    return tensor.movedim(1, -1).flatten(0, -2) if channels_last else tensor.flatten(2)
+
+
+# --- formulas: [N, C, positions] or [positions, C] and values per channel; float32 for half types ----
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _over(values: Tensor, tensor: Tensor) -> Tensor:
+    """Values per channel, so that they broadcast over `tensor`."""
+    return values[:, None] if tensor.dim() == 3 else values
+
+
+def _plain_sums(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
+    grad, input = _wide(grad), _wide(input)
+    dims = [0, 2] if grad.dim() == 3 else [0]
+    product = ((input - _over(mean, input)) * grad).sum(dims) * invstd
+    return grad.sum(dims), product, grad.square().sum(dims)
+
+
+def _masked_sums(
+    grad: Tensor, input: Tensor, output: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, ...]:
+    return _plain_sums(_masked(grad, output), input, mean, invstd)
+
+
+def _masked(grad: Tensor, output: Tensor) -> Tensor:
+    # as aten.threshold_backward: a NaN lets the gradient through
+    return torch.where(output <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+
+
+def _sums_by_aten(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
+    """As `_plain_sums`, by the kernel that batch-norm's own backward is."""
+    grad, input = _wide(grad), _wide(input)
+    _, product, total = torch.ops.aten.native_batch_norm_backward(
+        grad, input, None, None, None, mean, invstd, True, 0.0, [False, True, True]
+    )
+    return total, product, grad.square().sum([0, 2] if grad.dim() == 3 else [0])
+
+
+def _masked_sums_by_aten(
+    grad: Tensor, input: Tensor, output: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, ...]:
+    masked = torch.ops.aten.threshold_backward(grad, output, 0)
+    return _sums_by_aten(masked, input, mean, invstd)
+
+
+def _plain_magnitudes(
+    grad: Tensor, input: Tensor, mean: Tensor, shift: Tensor, slope: Tensor
+) -> tuple[Tensor, ...]:
+    grad, input = _wide(grad), _wide(input)
+    dims = [0, 2] if grad.dim() == 3 else [0]
+    centred = grad - _over(shift, grad) - (input - _over(mean, input)) * _over(slope, input)
+    return (centred.abs().sum(dims),)
+
+
+def _masked_magnitudes(
+    grad: Tensor, input: Tensor, output: Tensor, mean: Tensor, shift: Tensor, slope: Tensor
+) -> tuple[Tensor, ...]:
+    return _plain_magnitudes(_masked(grad, output), input, mean, shift, slope)
+
+
+def _plain_kept(
+    grad: Tensor, input: Tensor, kept: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor
+) -> Tensor:
+    constants = (values[kept] for values in (mean, scale, shift, slope))
+    return _kept(grad.index_select(1, kept), input.index_select(1, kept), *constants)
+
+
+def _masked_kept(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    masked = _masked(grad.index_select(1, kept), output.index_select(1, kept))
+    constants = (values[kept] for values in (mean, scale, shift, slope))
+    return _kept(masked, input.index_select(1, kept), *constants)
+
+
+def _kept(grad: Tensor, input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor) -> Tensor:
+    scaled = _wide(grad) * _over(scale, grad) - _over(shift, grad)
+    return (scaled - (_wide(input) - _over(mean, input)) * _over(slope, input)).to(input.dtype)
