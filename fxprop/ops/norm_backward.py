@@ -109,28 +109,49 @@ class NormBackward(NamedTuple):
 
     def kept_gradient(self, sums: Sums, kept: Tensor) -> Tensor:
         """The channels `kept` of the norm's grad_input, in the input's memory format: [N, k, *spatial]."""
+        of_kept = Sums(*(values.index_select(0, kept) for values in sums))
+        found = self._fused_gradient(of_kept, kept)
+        return self._by_aten(kept)[0] if found is None else found
+
+    def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the norm's input, gamma and beta in the channels `kept`, from these alone."""
+        grad, output, input = self._flat()
+        if fused.compiles(grad):
+            mean, invstd = (values.index_select(0, kept) for values in (self.mean, self.invstd))
+            given = (grad, input) if output is None else (grad, input, output)
+            formula = _masked_sums_of_kept if output is not None else _plain_sums_of_kept
+            found = fused.compiled(formula, *given, kept, mean, invstd)
+            sums = None if found is None else Sums(*found)
+            gradient = None if sums is None else self._fused_gradient(sums, kept)
+            if sums is not None and gradient is not None:
+                return gradient, sums.product, sums.grad
+        return self._by_aten(kept)
+
+    def _fused_gradient(self, sums: Sums, kept: Tensor) -> Tensor | None:
+        """grad_input from the sums of the kept channels; None where formulas are not compiled."""
         grad, output, input = self._flat()
         if not fused.compiles(grad):
-            return self.backward(kept)[0]
+            return None
+        scale, invstd = (values.index_select(0, kept) for values in (self.scale, self.invstd))
+        per_entry = scale / self.entries
         constants = (
-            self.mean,
-            self.scale,
-            self.scale * sums.grad / self.entries,
-            self.scale * self.invstd * sums.product / self.entries,
+            self.mean.index_select(0, kept),
+            scale,
+            per_entry * sums.grad,
+            per_entry * invstd * sums.product,
         )
         given = (grad, input) if output is None else (grad, input, output)
         found = fused.compiled(
             _masked_kept if output is not None else _plain_kept, *given, kept, *constants
         )
         if found is None:
-            return self.backward(kept)[0]
+            return None
         n, *spatial = self.input.shape[0], *self.input.shape[2:]
         if is_channels_last(self.input):
             return found.view(n, *spatial, len(kept)).movedim(-1, 1)
         return found.view(n, len(kept), *spatial)
 
-    def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of the norm's input, gamma and beta in the channels `kept`, by torch's kernel."""
+    def _by_aten(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad = _wide(take_channels(self.grad_output, kept))
         if self.output is not None:
             grad = torch.ops.aten.threshold_backward(grad, _wide(take_channels(self.output, kept)), 0)
@@ -183,6 +204,19 @@ def _masked(grad: Tensor, output: Tensor) -> Tensor:
     return torch.where(output <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
 
 
+def _plain_sums_of_kept(
+    grad: Tensor, input: Tensor, kept: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, ...]:
+    return _plain_sums(grad.index_select(1, kept), input.index_select(1, kept), mean, invstd)
+
+
+def _masked_sums_of_kept(
+    grad: Tensor, input: Tensor, output: Tensor, kept: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, ...]:
+    masked = _masked(grad.index_select(1, kept), output.index_select(1, kept))
+    return _plain_sums(masked, input.index_select(1, kept), mean, invstd)
+
+
 def _sums_by_aten(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
     """As `_plain_sums`, by the kernel that batch-norm's own backward is."""
     grad, input = _wide(grad), _wide(input)
@@ -217,8 +251,7 @@ def _masked_magnitudes(
 def _plain_kept(
     grad: Tensor, input: Tensor, kept: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor
 ) -> Tensor:
-    constants = (values[kept] for values in (mean, scale, shift, slope))
-    return _kept(grad.index_select(1, kept), input.index_select(1, kept), *constants)
+    return _kept(grad.index_select(1, kept), input.index_select(1, kept), mean, scale, shift, slope)
 
 
 def _masked_kept(
@@ -232,8 +265,7 @@ def _masked_kept(
     slope: Tensor,
 ) -> Tensor:
     masked = _masked(grad.index_select(1, kept), output.index_select(1, kept))
-    constants = (values[kept] for values in (mean, scale, shift, slope))
-    return _kept(masked, input.index_select(1, kept), *constants)
+    return _kept(masked, input.index_select(1, kept), mean, scale, shift, slope)
 
 
 def _kept(grad: Tensor, input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ def _sparse(
         return output
     assert site.region is not None
     keywords = {**kwargs, **keep.arguments(takes_bias=False, takes_norm=True)}
-    norm = _norm(site, leaves, made)
-    return conv_batch_norm(*args, norm, activation=site.region.activation, **keywords)
+    input, weight, bias = args
+    keywords |= {"activation": site.region.activation}
+    return conv_batch_norm(input, weight, bias, _norm(site, leaves, made), **keywords)
 
 
 def _norm(site: Site, leaves: list[Tensor], made: dict[str, Any]) -> torch.nn.Module:
