@@ -6,26 +6,20 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from fxprop.checks import FRONTENDS
-from fxprop.errors import CommandError, FxpropError, ValuesNeededError
+from fxprop.cli_bench import add_bench
+from fxprop.cli_options import add_model_options, add_policy_options, on_model, policy_of
+from fxprop.errors import CommandError, FxpropError
 from fxprop.inspect import code_diff, generated_code
-from fxprop.model_sources import Loaded, Source, load
-from fxprop.ops.select import score_names
-from fxprop.plan import SELECTS, Site
-from fxprop.policy import Policy
-from fxprop.policy_files import load_policy
+from fxprop.plan import Site
 from fxprop.report.report import Report
 from fxprop.transform import Transformed, estimate, layers, transform
 from fxprop.version import __version__
-
-_DEFAULT_KEEP = 0.05
 
 _EXAMPLES = """\
 examples:
@@ -36,6 +30,7 @@ examples:
   fxprop report hf:BertConfig --model-args '{"num_hidden_layers": 2}'
   fxprop layers mobilenet_v3_small
   fxprop code resnet18 --keep 0.1 --diff
+  fxprop bench resnet50 --keep 0.25 0.1 0.05 --preset fast
 """
 
 
@@ -88,107 +83,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     report = commands.add_parser("report", help="the backward FLOPs a policy saves, layer by layer")
-    _add_model_options(report)
-    _add_policy_options(report)
+    add_model_options(report)
+    add_policy_options(report)
     report.add_argument("--format", choices=("text", "markdown", "json", "csv", "html"), default="text")
     report.set_defaults(run=_report)
 
     listing = commands.add_parser("layers", help="every layer a policy can name, with its shapes")
-    _add_model_options(listing)
+    add_model_options(listing)
     listing.set_defaults(run=_layers)
 
     code = commands.add_parser("code", help="the generated code of the transformed model")
-    _add_model_options(code)
-    _add_policy_options(code)
+    add_model_options(code)
+    add_policy_options(code)
     code.add_argument("--diff", action="store_true", help="only what the rewrite changed")
     code.set_defaults(run=_code)
+    add_bench(commands)
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="torchvision name, timm:NAME, hf:NAME (a directory, or a configuration's or model's class), "
-        "package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
-    )
-    parser.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="SHAPE[:DTYPE]|JSON",
-        help="8x3x224x224, 8x128:int64; repeat for several inputs; "
-        """named ones as JSON, '{"input_ids": "8x128:int64"}' (default: the model's own)""",
-    )
-    parser.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory")
-    parser.add_argument(
-        "--weights", metavar="NAME|FILE", help="torchvision weights, .safetensors or .pth file"
-    )
-    parser.add_argument(
-        "--frontend", choices=FRONTENDS, default="auto", help="how to get graphs (default: auto)"
-    )
-    parser.add_argument(
-        "--leaf", action="append", default=[], metavar="NAME", help="keep this module as one call"
-    )
-    parser.add_argument(
-        "--unsafe-pickle", action="store_true", help="load a pickled model; runs code from the file"
-    )
-    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="default: standard output")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _add_policy_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--keep", help=f"share of the gradient to keep, 0 < keep <= 1 (default {_DEFAULT_KEEP})"
-    )
-    parser.add_argument("--select", help=f"one of {', '.join(SELECTS)}")
-    parser.add_argument("--score", help=f"one of {', '.join(score_names())}")
-    parser.add_argument(
-        "--policy", metavar="FILE", help=".toml or .json; the options above override its defaults"
-    )
-
-
-def _policy(args: argparse.Namespace) -> Policy:
-    given: dict[str, Any] = {}
-    if args.keep is not None:
-        try:
-            given["keep"] = float(args.keep)
-        except ValueError as error:
-            raise CommandError(f"--keep {args.keep}: expected a number with 0 < keep <= 1") from error
-        given["k"] = None
-    for option in ("select", "score"):
-        if getattr(args, option) is not None:
-            given[option] = getattr(args, option)
-    policy = Policy(keep=_DEFAULT_KEEP) if args.policy is None else load_policy(args.policy)
-    return replace(policy, **given)
-
-
-def _source(args: argparse.Namespace) -> Source:
-    return Source(args.model, args.weights, args.model_args, args.input, args.unsafe_pickle)
-
-
-def _on_model(args: argparse.Namespace, use: Callable[..., Any]) -> Any:
-    """`use(model, inputs, options...)`, with real data if the model turns out to read values."""
-    source = _source(args)
-
-    def run(loaded: Loaded) -> Any:
-        return use(
-            loaded.model,
-            loaded.inputs or None,
-            example_kwargs=loaded.kwargs,
-            leaf_modules=args.leaf,
-            frontend=args.frontend,
-        )
-
-    try:
-        return run(load(source))
-    except ValuesNeededError:
-        return run(load(replace(source, real=True)))
-
-
 def _report(args: argparse.Namespace) -> str:
-    policy = _policy(args)
-    report: Report = _on_model(
+    policy = policy_of(args)
+    report: Report = on_model(
         args, lambda model, *rest, **options: estimate(model, policy, *rest, **options)
     )
     as_text = {
@@ -202,7 +117,7 @@ def _report(args: argparse.Namespace) -> str:
 
 
 def _layers(args: argparse.Namespace) -> str:
-    sites = _on_model(args, layers)
+    sites = on_model(args, layers)
     headers = ("layer", "type", "op", "weight", "output", "n channel", "n element", "")
     return tabulate([_row(site) for site in sites], headers, disable_numparse=True)
 
@@ -229,8 +144,8 @@ def _row(site: Site) -> list[Any]:
 
 
 def _code(args: argparse.Namespace) -> str:
-    policy = _policy(args)
-    transformed: Transformed = _on_model(
+    policy = policy_of(args)
+    transformed: Transformed = on_model(
         args, lambda model, *rest, **options: transform(model, policy, *rest, **options)
     )
     return code_diff(transformed.module) if args.diff else generated_code(transformed.module)

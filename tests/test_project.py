@@ -29,6 +29,8 @@ LAYERS = [
     ["train"],
     ["hub_sources", "saved_files"],
     ["model_sources"],
+    ["cli_options"],
+    ["cli_bench"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops import conv
@@ -81,10 +81,25 @@ def conv_batch_norm(
         raise OpError(f"conv_batch_norm: activation={activation!r}: expected 'relu' or None")
     if norm_grad not in NORM_GRADS:
         raise OpError(f"conv_batch_norm: norm_grad={norm_grad!r}: expected one of {', '.join(NORM_GRADS)}")
+    if has_torch_function((input, weight, bias)):
+        traced: Tensor = handle_torch_function(
+            conv_batch_norm,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            norm,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+            **keep.arguments(takes_bias=False, takes_norm=True),
+        )
+        return traced
     dims = weight.dim() - 2
     if (
-        has_torch_function((input, weight, bias))
-        or input.device.type != "cpu"
+        input.device.type != "cpu"
         or torch.compiler.is_compiling()
         or not _fits(norm, dims)
         or input.dim() != dims + 2

@@ -61,6 +61,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         n=sparsity.n if sparsity else None,
         source=site.source,
         graph=site.graph,
+        region=_region(decision),
     )
     if not counted:
         return layer
@@ -81,6 +82,13 @@ def _layer(decision: Decision, counted: bool) -> Layer:
     executed = sparse if sparsity.select == "channel" else dense
     select_ops = _select_ops(math.prod(site.output_shape), site.out_channels, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
+
+
+def _region(decision: Decision) -> str | None:
+    if decision.region is None:
+        return None
+    activation = decision.region.activation
+    return "batch_norm" if activation is None else f"batch_norm + {activation}"
 
 
 def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:

@@ -52,6 +52,8 @@ class Layer:
     source: str | None
     # qualified name of the module whose graph or code it is in; "" is the model itself
     graph: str = ""
+    # what is rewritten with the layer: "batch_norm + relu"; None if it is rewritten alone
+    region: str | None = None
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -94,6 +96,7 @@ class Layer:
             "decided_by": self.decided_by,
             "source": self.source,
             "graph": self.graph,
+            "region": self.region,
             "input_shape": _as_list(self.input_shape),
             "weight_shape": _as_list(self.weight_shape),
             "output_shape": _as_list(self.output_shape),

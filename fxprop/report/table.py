@@ -70,7 +70,7 @@ def _row(layer: Layer) -> list[str]:
         scaled(sparse),
         scaled(executed),
         percent(saved),
-        layer.reason or "",
+        layer.reason or (f"with {layer.region}" if layer.region else ""),
     ]
 
 

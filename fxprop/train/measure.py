@@ -60,6 +60,8 @@ class Variant:
     # share of the backward FLOPs saved, as the report says; 0 for the dense model
     saving: float
     rewritten: int
+    # the policy's one keep for all; None for the dense model and where k or rules say more
+    keep: float | None
     # the same rounds for every variant
     steps: tuple[Step, ...]
     # bytes of the tensors that the forward saves for the backward
@@ -108,6 +110,7 @@ class Measurement:
                     "name": variant.name,
                     "saving": variant.saving,
                     "rewritten": variant.rewritten,
+                    "keep": variant.keep,
                     "realised": self.realised(variant),
                     "median": {
                         part: statistics.median(getattr(step, part) for step in variant.steps)
@@ -241,7 +244,7 @@ def measure(
     )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modules: dict[str, nn.Module] = {"dense": model}
-    savings: dict[str, tuple[float, int]] = {"dense": (0.0, 0)}
+    savings: dict[str, tuple[float, int, float | None]] = {"dense": (0.0, 0, None)}
     for policy in map(as_policy, given):
         gm, report = transform(
             model, policy, example_inputs, example_kwargs=example_kwargs, **transform_options
@@ -251,7 +254,7 @@ def measure(
         name = _name(policy, modules)
         modules[name] = gm
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
-        savings[name] = (report.totals.saving or 0.0, rewritten)
+        savings[name] = (report.totals.saving or 0.0, rewritten, None if policy.rules else policy.keep)
     found = {
         name: tuple(site_times(gm, example_inputs, rounds, progress)) if sites and name != "dense" else ()
         for name, gm in modules.items()
@@ -284,7 +287,12 @@ def measure(
         )
         for name in modules
     ]
-    setting = _setting(device, rounds, compile, amp, tuned)
+    shapes = [
+        "x".join(map(str, leaf.shape))
+        for leaf in pytree.tree_leaves((args, kwargs))
+        if isinstance(leaf, Tensor)
+    ]
+    setting = {"input": " ".join(shapes), **_setting(device, rounds, compile, amp, tuned)}
     return Measurement(type(model).__name__, setting, tuple(variants))
 
 
@@ -293,6 +301,8 @@ def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
     amount = (
         f"k {policy.k}" if policy.k is not None else f"keep {policy.keep:g}" if policy.keep else "rules"
     )
+    if policy.keep and policy == Policy.fast(policy.keep):
+        return f"{amount}, fast"
     extra = [
         *([policy.select] if policy.select != "channel" else []),
         *([policy.score] if policy.score != "l1" else []),
