@@ -25,12 +25,12 @@ def load(data, train):
     return torch.utils.data.TensorDataset(torch.stack([x for x, _ in digits]), digits.targets)
 
 
-def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False):
+def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False, policy=None):
     """Last test accuracy, seconds per epoch [(backward, whole step)], and fxprop's report."""
     torch.manual_seed(seed)
     batches = torch.utils.data.DataLoader(load(data, True), 64, shuffle=True)
     images, labels = load(data, False).tensors
-    policy = 1.0 if select == "dense" else fxprop.Policy(keep=keep, select=select)
+    policy = policy or (1.0 if select == "dense" else fxprop.Policy(keep=keep, select=select))
     model, report = fxprop.transform(make_cnn(norm_after), policy, (torch.empty(64, 1, 28, 28),))
     optimizer, times = torch.optim.Adam(model.parameters(), lr=1e-3), []
     for epoch in range(1, epochs + 1):

@@ -14,7 +14,8 @@ from fxprop.policy_files import load_policy
 from fxprop.report.report import Report
 from fxprop.train import schedules
 from fxprop.train.keep import set_keep
-from fxprop.train.measure import Measurement, measure
+from fxprop.train.measure import measure
+from fxprop.train.measurement import Measurement
 from fxprop.train.scheduler import KeepScheduler
 from fxprop.train.tune import tune
 from fxprop.transform import Transformed, estimate, layers, restore, transform

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from fxprop.cli_options import add_model_options, add_policy_options, on_model, policy_of
 from fxprop.errors import CommandError
 from fxprop.policy import Policy
-from fxprop.train.measure import Measurement, measure
+from fxprop.train.measure import measure
+from fxprop.train.measurement import Measurement
 from fxprop.train.plot import plot
 
 _EXAMPLES = """\

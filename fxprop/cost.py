@@ -18,7 +18,11 @@ _ENTRY = 60.0
 # entries of input, weight and output together that a core's cache holds
 _IN_CACHE = 2**18
 # FLOPs of a large product in the time of one FLOP of a depthwise convolution
-_DEPTHWISE = 8.0
+_DEPTHWISE = 12.0
+# moves of its kept input and grad_input, besides those that a dense one makes too
+_DEPTHWISE_GATHER = 18.0
+# calls, and kernels that do less well on few channels
+_UNMODELLED = 1.15
 
 # entries of a region from which on one pass over them beats the separate kernels
 _REGION = {"l2": 2**19, "random": 2**19, "l1": 2**22}
@@ -59,12 +63,14 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         if needed:
             dense += flops + _ENTRY * (output + input + weight)
             sparse += share * flops + _ENTRY * (share * (output + weight) + of_input * input)
-            sparse += _ENTRY * weight * weight_is_written  # zeros first
+            sparse += 1.5 * _ENTRY * weight * weight_is_written  # zeros first
     scored = 0.0 if sparsity.region or sparsity.score == "random" else sparsity.score_fraction
-    # the kept channels are read and written once; a depthwise convolution's input too, and its gradient
-    moved = 2 * share * output + (4 * share * input + input if site.is_depthwise else 0)
+    # the kept channels and weights are read and written once
+    moved = 2 * share * (output + weight)
+    if site.is_depthwise:
+        moved += _DEPTHWISE_GATHER * share * input + input
     sparse += _ENTRY * (scored * output + moved)
-    return dense / sparse
+    return dense / (_UNMODELLED * sparse)
 
 
 def _is_pointwise(site: Site) -> bool:

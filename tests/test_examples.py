@@ -74,11 +74,19 @@ def test_mnist_table(tiny_mnist):
     assert len(re.findall(r"^\| (?:dense|element 5 %|channel 5 %|channel 25 %) ", out, re.MULTILINE)) == 4
 
 
-def test_backward_time():
+def test_fidelity(tiny_mnist):
+    out = run("benchmarks/fidelity.py", "--data", tiny_mnist, "--epochs", 1, "--seeds", 1, "--keep", 0.25)
+    cosines = re.findall(r"^\| \d+\.(?:weight|bias) +\| (-?[\d.]+) ", out, re.MULTILINE)
+    assert len(cosines) == 12
+    assert all(-1 <= float(cosine) <= 1 for cosine in cosines)
+    assert re.search(r"\| fast +\| [\d.]+ ", out)
+
+
+def test_cost_model():
     out = run(
-        "benchmarks/backward_time.py", "resnet18", "--keep", 0.1, "--batch", 2, "--size", 32, "--rounds", 3
+        "benchmarks/cost_model.py", "resnet18", "--keep", 0.1, "--batch", 2, "--size", 64, "--rounds", 1
     )
-    assert re.search(r"\| keep 0.1 +\| \d\d\.\d % .*x \(", out)
+    assert re.search(r"\d+ of \d+ layers judged as measured", out)
 
 
 def test_examples_stay_short():

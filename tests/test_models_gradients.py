@@ -21,7 +21,12 @@ KEEPS = [
 
 def policy_of(keep):
     return fxprop.Policy(
-        keep=keep.keep, select=keep.select, score=keep.score, bias=keep.bias, round_to=keep.round_to
+        keep=keep.keep,
+        select=keep.select,
+        score=keep.score,
+        bias=keep.bias,
+        round_to=keep.round_to,
+        when="always",
     )
 
 
@@ -100,7 +105,7 @@ def test_a_wrong_oracle_is_noticed():
     inputs = small_inputs("resnet18")
     wrong = copy.deepcopy(model)
     oracle.mask_model(wrong, oracle.Keep(keep=0.12), except_for=outputs)
-    gm, _ = fxprop.transform(model, 0.1, inputs)
+    gm, _ = fxprop.transform(model, policy_of(oracle.Keep(keep=0.1)), inputs)
     with pytest.raises(AssertionError, match="not close"):
         oracle.assert_same_gradients(oracle.gradients(gm, inputs), oracle.gradients(wrong, inputs))
 
@@ -174,6 +179,6 @@ def test_frozen_parts_get_no_gradient():
     inputs = small_inputs("resnet18")
     expected_model = copy.deepcopy(model)
     oracle.mask_model(expected_model, oracle.Keep(keep=0.2), except_for=outputs)
-    gm, _ = fxprop.transform(model, 0.2, inputs)
+    gm, _ = fxprop.transform(model, policy_of(oracle.Keep(keep=0.2)), inputs)
     oracle.assert_same_gradients(oracle.gradients(gm, inputs), oracle.gradients(expected_model, inputs))
     assert gm.conv1.weight.grad is None

@@ -92,7 +92,7 @@ def test_import_is_cheap():
 
 
 def test_public_names_exist():
-    assert len(fxprop.__all__) <= 20
+    assert len(fxprop.__all__) <= 24
     for name in fxprop.__all__:
         assert getattr(fxprop, name) is not None
 

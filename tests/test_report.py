@@ -160,7 +160,8 @@ def test_a_layer_that_no_output_depends_on_costs_nothing():
 
 def test_attention_products_are_other():
     model = torchvision.models.vit_b_16(image_size=32)
-    report = fxprop.estimate(model, 0.1, (torch.empty(2, 3, 32, 32),))
+    policy = fxprop.Policy(keep=0.1, when="always")
+    report = fxprop.estimate(model, policy, (torch.empty(2, 3, 32, 32),))
     assert [layer.status for layer in report.layers].count("rewritten") == 1 + 4 * 12
     # five products (one is computed again) in each of 12 layers: batch 2, 5 tokens, 768 features
     assert report.totals.other == 12 * 5 * (2 * 2 * 5 * 5 * 768)

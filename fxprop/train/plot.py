@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxprop.errors import ReportError
-from fxprop.train.measure import Measurement
+from fxprop.train.measurement import Measurement
 
 
 def plot(measurements: Mapping[str, Measurement], file: str | os.PathLike[str]) -> None:
