@@ -179,18 +179,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_settings(self, "policy")
-        for setting in (
-            "select",
-            "score",
-            "round_to",
-            "bias",
-            "sync_selection",
-            "score_fraction",
-            "regions",
-            "norm_grad",
-            "when",
-        ):
-            if getattr(self, setting) is None:
+        for setting in SETTINGS:
+            if setting not in ("keep", "k") and getattr(self, setting) is None:
                 raise PolicyError(f"policy: {setting}=None: expected a value; leave it out for the default")
         rules = tuple(self.rules)
         for rule in rules:
