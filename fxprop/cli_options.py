@@ -11,7 +11,7 @@ from fxprop.checks import FRONTENDS
 from fxprop.errors import CommandError, ValuesNeededError
 from fxprop.model_sources import Loaded, Source, load
 from fxprop.ops.select import score_names
-from fxprop.plan import SELECTS, WHENS
+from fxprop.plan import SELECTS, WEIGHT_GRADS, WHENS
 from fxprop.policy import Policy
 from fxprop.policy_files import load_policy
 
@@ -68,6 +68,11 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     parser.add_argument(
         "--when", choices=WHENS, help="faster (default): leave dense what is predicted not to win"
     )
+    parser.add_argument(
+        "--weight-grad",
+        choices=WEIGHT_GRADS,
+        help="row_sparse: sparse tensors, for SGD without momentum, SparseAdam and Adagrad",
+    )
     parser.add_argument("--select", help=f"one of {', '.join(SELECTS)}")
     parser.add_argument("--score", help=f"one of {', '.join(score_names())}")
     parser.add_argument(
@@ -85,7 +90,7 @@ def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
         except ValueError as error:
             raise CommandError(f"--keep {keep}: expected a number with 0 < keep <= 1") from error
         given["k"] = None
-    for option in ("select", "score", "when"):
+    for option in ("select", "score", "when", "weight_grad"):
         if getattr(args, option) is not None:
             given[option] = getattr(args, option)
     if args.policy is not None and args.preset is not None:

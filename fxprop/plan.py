@@ -14,12 +14,14 @@ from typing import Any, Literal
 Select = Literal["channel", "element"]
 BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
+WeightGrad = Literal["dense", "row_sparse"]
 When = Literal["faster", "always"]
 Status = Literal["rewritten", "dense", "skipped"]
 
 SELECTS: tuple[Select, ...] = ("channel", "element")
 BIAS_GRADS: tuple[BiasGrad, ...] = ("full", "selected")
 NORM_GRADS: tuple[NormGrad, ...] = ("full", "kept")
+WEIGHT_GRADS: tuple[WeightGrad, ...] = ("dense", "row_sparse")
 WHENS: tuple[When, ...] = ("faster", "always")
 
 Shape = tuple[int, ...]
@@ -127,6 +129,13 @@ class Site:
         """Whether every group has one output channel: whole channels are kept with their groups."""
         return self.is_convolution and self.groups == self._channels
 
+    @property
+    def can_be_row_sparse(self) -> bool:
+        """Whether kept channels are rows of the weight, and the weight is a parameter itself."""
+        if self.op not in ("linear", "conv1d", "conv2d", "conv3d") or not self.is_node:
+            return False
+        return self.call is not None and self.call.weight.attribute is not None
+
     def n(self, select: Select) -> int | None:
         """How many things `select` chooses from at this site; None if the shapes are not known.
 
@@ -166,6 +175,7 @@ class Sparsity:
     norm_grad: NormGrad = "full"
     # whether the site's region is rewritten as one call
     region: bool = False
+    weight_grad: WeightGrad = "dense"
 
 
 @dataclass(frozen=True)

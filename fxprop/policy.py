@@ -25,6 +25,7 @@ from fxprop.plan import (
     Select,
     Site,
     Sparsity,
+    WeightGrad,
     When,
 )
 from fxprop.settings import check_keep, check_settings
@@ -44,6 +45,7 @@ SETTINGS = (
     "score_fraction",
     "regions",
     "norm_grad",
+    "weight_grad",
     "when",
 )
 
@@ -81,6 +83,7 @@ class Rule:
     score_fraction: float | None = None
     regions: bool | None = None
     norm_grad: NormGrad | None = None
+    weight_grad: WeightGrad | None = None
     when: When | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +153,9 @@ class Policy:
         regions: rewrite a convolution together with the batch-norm and ReLU that follow it, so that
             their backward runs for the kept channels only ("channel"; "l1", "l2" or "random").
         norm_grad: in a region, "kept" gives gamma and beta a gradient in the kept channels only.
+        weight_grad: "row_sparse" gives the weights of convolutions and linear layers ("channel") a sparse
+            tensor with the kept rows for gradient, as `nn.Embedding(sparse=True)` does, so that SGD without
+            momentum, SparseAdam and Adagrad pay for these rows only. Other optimizers refuse it.
         when: "faster" leaves a layer dense where fxprop's cost model predicts that a sparse backward
             would not be faster ("channel"; needs shapes); "always" rewrites it all the same.
 
@@ -173,6 +179,7 @@ class Policy:
     score_fraction: float = 1.0
     regions: bool = True
     norm_grad: NormGrad = "full"
+    weight_grad: WeightGrad = "dense"
     when: When = "faster"
     rules: Sequence[Rule] = ()
     allow_unmatched: bool = False
@@ -267,6 +274,9 @@ class Policy:
             settings.bias,
             sync,
             settings.score_fraction if settings.select == "channel" else 1.0,
+            weight_grad=settings.weight_grad
+            if settings.select == "channel" and site.can_be_row_sparse
+            else "dense",
         )
         if _fits_region(site, settings):
             region = replace(sparsity, region=True, norm_grad=settings.norm_grad)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fxprop.errors import PolicyError
 from fxprop.ops.select import get_score
-from fxprop.plan import BIAS_GRADS, NORM_GRADS, SELECTS, WHENS
+from fxprop.plan import BIAS_GRADS, NORM_GRADS, SELECTS, WEIGHT_GRADS, WHENS
 
 
 def check_keep(keep: Any, where: str) -> None:
@@ -39,7 +39,7 @@ def check_settings(settings: Any, where: str) -> None:
         value = getattr(settings, setting)
         if value is not None and not isinstance(value, bool):
             raise PolicyError(f"{where}: {setting}={value!r}: expected true or false")
-    for setting, values in (("norm_grad", NORM_GRADS), ("when", WHENS)):
+    for setting, values in (("norm_grad", NORM_GRADS), ("weight_grad", WEIGHT_GRADS), ("when", WHENS)):
         value = getattr(settings, setting)
         if value is not None and value not in values:
             raise PolicyError(f"{where}: {setting}={value!r}: expected one of {', '.join(values)}")

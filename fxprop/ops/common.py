@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxprop.errors import OpError
 from fxprop.ops.select import Keep, get_score
-from fxprop.plan import BIAS_GRADS, SELECTS
+from fxprop.plan import BIAS_GRADS, SELECTS, WEIGHT_GRADS, WeightGrad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +33,8 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
         raise OpError(f"{op}: select={keep.select!r}: expected one of {', '.join(SELECTS)}")
     if keep.bias_grad not in BIAS_GRADS:
         raise OpError(f"{op}: bias_grad={keep.bias_grad!r}: expected one of {', '.join(BIAS_GRADS)}")
+    if keep.weight_grad not in WEIGHT_GRADS:
+        raise OpError(f"{op}: weight_grad={keep.weight_grad!r}: expected one of {', '.join(WEIGHT_GRADS)}")
     get_score(keep.score)
     if getattr(weight, "placements", None) is not None:
         raise OpError(
@@ -49,12 +51,28 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
         )
 
 
+def of_all_rows(rows: Tensor, kept: Tensor, weight: Tensor, keep: Keep) -> Tensor:
+    """The weight's gradient, which is `rows` at the indices `kept` and zero elsewhere.
+
+    With weight_grad="row_sparse" a coalesced sparse tensor with one sparse dimension, as the gradient of
+    `torch.nn.functional.embedding(sparse=True)`; dense all the same under torch.compile, which has none.
+    """
+    if keep.weight_grad == "dense" or torch.compiler.is_compiling():
+        return torch.zeros_like(weight).index_copy_(0, kept, rows)
+    ascending, order = kept.sort()
+    return torch.sparse_coo_tensor(
+        ascending[None], rows[order], weight.shape, check_invariants=False, is_coalesced=True
+    )
+
+
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an operator on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: WeightGrad = "dense"
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors in the dtype that autocast would give the dense operator.
 
     Done outside the autograd function so that the cast's own backward returns gradients in the
@@ -69,7 +87,22 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(dtype) if eligible else tensor
 
+    if weight_grad == "row_sparse" and weight.dtype == torch.float32 != dtype:
+        weight = _CastWithSparseGradient.apply(weight, dtype)
     return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+class _CastWithSparseGradient(torch.autograd.Function):
+    """`tensor.to(dtype)`, whose own backward refuses a sparse gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return tensor.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 _USE_INSTEAD = "Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
@@ -117,6 +150,6 @@ def refuse_double_backward(
     """`grads`, so marked that differentiating them raises an OpError that says what to do."""
     if not torch.is_grad_enabled():
         return grads
-    present = [grad for grad in grads if grad is not None]
+    present = [grad.to_dense() if grad.is_sparse else grad for grad in grads if grad is not None]
     marked = iter(_RefuseDoubleBackward.apply(len(present), *present, *computed_from))
     return tuple(None if grad is None else next(marked) for grad in grads)

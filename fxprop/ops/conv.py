@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fxprop.ops.common import autocast, check_keep, needs_backward, public
 from fxprop.ops.conv_backward import Geometry, SparseConv
 from fxprop.ops.select import Keep
-from fxprop.plan import BiasGrad, Select
+from fxprop.plan import BiasGrad, Select, WeightGrad
 
 IntOrInts = int | Sequence[int]
 
@@ -79,7 +79,7 @@ def _convolve(
     dense_by_k = keep.select == "channel" and keep.k >= _channels_to_select_from(weight, groups)
     if dense_by_k or not needs_backward(input, weight, bias):
         return dense(input, weight, bias, stride, padding, dilation, groups)
-    input, weight, bias = autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias, keep.weight_grad)
     unbatched = input.dim() == dims + 1
     if unbatched:
         input = input.unsqueeze(0)
@@ -111,15 +111,16 @@ def conv1d(
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
     score_fraction: float = 1.0,
+    weight_grad: WeightGrad = "dense",
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose backward uses only the top-k part of grad_output.
 
     >>> y = fxprop.ops.conv1d(x, weight, bias, padding=1, k=3)    # 3 of weight.shape[0] output channels
 
     input [N, C_in, L] or [C_in, L], weight [C_out, C_in/groups, kL]; dtypes, `select`,
-    `score`, `bias_grad`, errors and sources as in `conv2d`.
+    `score`, `bias_grad`, `weight_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
     return _convolve(conv1d, F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -139,6 +140,7 @@ def conv2d(
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
     score_fraction: float = 1.0,
+    weight_grad: WeightGrad = "dense",
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose backward uses only the top-k part of grad_output.
 
@@ -157,12 +159,14 @@ def conv2d(
             the dense kernels run, so nothing is saved on the clock.
         score: "l1", "l2", "random" or a registered name.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
+        weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
+            the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.
 
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,
     section 3.3, applied to output channels ("channel").
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
     return _convolve(conv2d, F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -182,13 +186,14 @@ def conv3d(
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
     score_fraction: float = 1.0,
+    weight_grad: WeightGrad = "dense",
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose backward uses only the top-k part of grad_output.
 
     >>> y = fxprop.ops.conv3d(x, weight, bias, padding=1, k=3)    # 3 of weight.shape[0] output channels
 
     input [N, C_in, D, H, W] or [C_in, D, H, W], weight [C_out, C_in/groups, kD, kH, kW]; dtypes, `select`,
-    `score`, `bias_grad`, errors and sources as in `conv2d`.
+    `score`, `bias_grad`, `weight_grad`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
     return _convolve(conv3d, F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import pointwise
-from fxprop.ops.common import SparseFunction, autocast_device, refuse_double_backward
+from fxprop.ops.common import SparseFunction, autocast_device, of_all_rows, refuse_double_backward
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_channels
 
 
@@ -86,7 +86,7 @@ def _backward(
     out_channels, groups = geometry.out_channels(weight), geometry.groups
     kept = select_channels(grad_output, 1, 1 if groups == out_channels else groups, keep)
     grad = take_channels(grad_output, kept)
-    grad_input, grad_weight = from_kept(grad, kept, input, weight, geometry, wanted)
+    grad_input, grad_weight = from_kept(grad, kept, input, weight, geometry, keep, wanted)
     if needs_bias:
         grad_bias = grad.new_zeros(out_channels).index_copy_(0, kept, grad.sum(summed))
     return grad_input, grad_weight, grad_bias
@@ -98,12 +98,13 @@ def from_kept(
     input: Tensor,
     weight: Tensor,
     geometry: Geometry,
+    keep: Keep,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad_input and grad_weight from grad_output's channels `kept`, [N, k * groups, *spatial_out]."""
     groups = geometry.groups
     if groups > 1 and groups == geometry.out_channels(weight):
-        return _depthwise(grad, input, weight, geometry, kept, wanted)
+        return _depthwise(grad, input, weight, geometry, kept, keep, wanted)
     if geometry.transposed:
         return _transposed(grad, input, weight, geometry, kept, wanted)
     kept_weight = weight.index_select(0, kept)
@@ -112,7 +113,7 @@ def from_kept(
     else:
         grad_input, grad_weight = _dense(grad, input, kept_weight, geometry, groups, wanted)
     if grad_weight is not None:
-        grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+        grad_weight = of_all_rows(grad_weight, kept, weight, keep)
     return grad_input, grad_weight
 
 
@@ -122,6 +123,7 @@ def _depthwise(
     weight: Tensor,
     geometry: Geometry,
     kept: Tensor,
+    keep: Keep,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """One output channel per group: a dropped channel drops its group, whose input is not read either."""
@@ -137,7 +139,7 @@ def _depthwise(
     if grad_input is not None:
         grad_input = torch.zeros_like(input).index_copy_(1, kept_in, grad_input)
     if grad_weight is not None:
-        grad_weight = torch.zeros_like(weight).index_copy_(0, rows, grad_weight)
+        grad_weight = of_all_rows(grad_weight, rows, weight, keep)
     return grad_input, grad_weight
 
 

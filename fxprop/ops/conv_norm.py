@@ -23,7 +23,7 @@ from fxprop.ops.common import (
 from fxprop.ops.conv_backward import Geometry, from_kept
 from fxprop.ops.norm_backward import SCORES, NormBackward
 from fxprop.ops.select import Keep, top_channels
-from fxprop.plan import NORM_GRADS, NormGrad, Select
+from fxprop.plan import NORM_GRADS, NormGrad, Select, WeightGrad
 
 Activation = Literal["relu"]
 
@@ -50,6 +50,7 @@ def conv_batch_norm(
     sync_selection: bool = False,
     score_fraction: float = 1.0,
     norm_grad: NormGrad = "full",
+    weight_grad: WeightGrad = "dense",
 ) -> Tensor:
     """`norm(conv(input))`, with ReLU after it or not, whose backward computes only the kept channels.
 
@@ -70,13 +71,14 @@ def conv_batch_norm(
             if it were the batch, but for the mean and standard deviation.
         norm_grad: "full", or "kept": the norm's own parameters get a gradient in the kept channels only,
             which spares a pass over all of grad_output.
+        weight_grad: as in `linear`.
 
     Where the norm uses running statistics (eval mode), has hooks, or is another kind of module, on
     devices other than the CPU, where it was not measured, and under torch.compile, which fuses by itself,
     the three are simply called one after the other. Raises OpError
     for arguments it cannot take and on double backward. Sources: 1706.06197, section 3.3; 1502.03167.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction, norm_grad)
+    keep = Keep(k, select, score, "full", sync_selection, score_fraction, norm_grad, weight_grad)
     if activation not in (None, "relu"):
         raise OpError(f"conv_batch_norm: activation={activation!r}: expected 'relu' or None")
     if norm_grad not in NORM_GRADS:
@@ -115,7 +117,7 @@ def conv_batch_norm(
         output = norm(output)
         return output if activation is None else F.relu(output)
     check_keep("conv_batch_norm", keep, weight)
-    input, weight, bias = autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias, keep.weight_grad)
     dilations = conv.expand(dilation, dims)
     input, paddings = conv.resolve_padding(input, weight, padding, dilations)
     geometry = Geometry(conv.expand(stride, dims), paddings, dilations, groups)
@@ -217,7 +219,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad, kept_gamma, kept_beta = norm.backward(kept)
         product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
         total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
-        grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, wanted)
+        grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, keep, wanted)
     else:
         sums = norm.sums()
         product, total = sums.product, sums.grad
@@ -227,7 +229,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             scores = norm.scores(sums, keep) if part is norm else part.scores(part.sums(), keep)
             kept = top_channels(scores, groups, keep.k)
             grad = norm.kept_gradient(sums, kept)
-            grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, wanted)
+            grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, keep, wanted)
     return (
         grad_input,
         grad_weight,

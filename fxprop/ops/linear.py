@@ -18,11 +18,12 @@ from fxprop.ops.common import (
     autocast_device,
     check_keep,
     needs_backward,
+    of_all_rows,
     public,
     refuse_double_backward,
 )
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_features
-from fxprop.plan import BiasGrad, Select
+from fxprop.plan import BiasGrad, Select, WeightGrad
 
 
 def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,7 +90,7 @@ def _backward(
     if needs_weight:
         grad_weight = grad.t().mm(input.reshape(-1, input.shape[-1]))
         if kept is not None:
-            grad_weight = torch.zeros_like(weight).index_copy_(0, kept, grad_weight)
+            grad_weight = of_all_rows(grad_weight, kept, weight, keep)
     if needs_bias:
         grad_bias = grad.sum(0)
         if kept is not None:
@@ -109,6 +110,7 @@ def linear(
     bias_grad: BiasGrad = "full",
     sync_selection: bool = False,
     score_fraction: float = 1.0,
+    weight_grad: WeightGrad = "dense",
 ) -> Tensor:
     """`torch.nn.functional.linear` whose backward uses only the top-k part of grad_output.
 
@@ -124,11 +126,13 @@ def linear(
             each row of grad_output.
         score: "l1", "l2", "random" or a registered name.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
+        weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
+            the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.
 
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
     if has_torch_function((input, weight, bias)):
         traced: Tensor = handle_torch_function(
             linear, (input, weight, bias), input, weight, bias, **keep.arguments()
@@ -137,6 +141,6 @@ def linear(
     check_keep("linear", keep, weight)
     if k >= weight.shape[0] or not needs_backward(input, weight, bias):
         return F.linear(input, weight, bias)
-    input, weight, bias = autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias, keep.weight_grad)
     output: Tensor = _SparseLinear.apply(input, weight, bias, keep)
     return output

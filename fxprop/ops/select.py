@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from fxprop.errors import PolicyError
-from fxprop.plan import BiasGrad, NormGrad, Select, Sparsity
+from fxprop.plan import BiasGrad, NormGrad, Select, Sparsity, WeightGrad
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
 Score = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -32,6 +32,7 @@ class Keep(NamedTuple):
     sync_selection: bool = False
     score_fraction: float = 1.0
     norm_grad: NormGrad = "full"
+    weight_grad: WeightGrad = "dense"
 
     @classmethod
     def of(cls, sparsity: Sparsity) -> Keep:
@@ -44,6 +45,7 @@ class Keep(NamedTuple):
             sparsity.sync_selection,
             sparsity.score_fraction,
             sparsity.norm_grad,
+            sparsity.weight_grad,
         )
 
     def arguments(self, takes_bias: bool = True, takes_norm: bool = False) -> dict[str, Any]:
@@ -57,6 +59,8 @@ class Keep(NamedTuple):
             del keywords["score_fraction"]
         if not takes_norm or self.norm_grad == "full":
             del keywords["norm_grad"]
+        if self.weight_grad == "dense":
+            del keywords["weight_grad"]
         return keywords
 
 

@@ -62,6 +62,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         source=site.source,
         graph=site.graph,
         region=_region(decision),
+        weight_grad=sparsity.weight_grad if sparsity else None,
     )
     if not counted:
         return layer

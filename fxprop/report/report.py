@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxprop.plan import Select, Shape, Status
+from fxprop.plan import Select, Shape, Status, WeightGrad
 from fxprop.report import table
 from fxprop.version import __version__
 
@@ -54,6 +54,8 @@ class Layer:
     graph: str = ""
     # what is rewritten with the layer: "batch_norm + relu"; None if it is rewritten alone
     region: str | None = None
+    # "dense" or "row_sparse", of a rewritten layer
+    weight_grad: WeightGrad | None = None
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -97,6 +99,7 @@ class Layer:
             "source": self.source,
             "graph": self.graph,
             "region": self.region,
+            "weight_grad": self.weight_grad,
             "input_shape": _as_list(self.input_shape),
             "weight_shape": _as_list(self.weight_shape),
             "output_shape": _as_list(self.output_shape),

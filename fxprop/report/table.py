@@ -70,7 +70,14 @@ def _row(layer: Layer) -> list[str]:
         scaled(sparse),
         scaled(executed),
         percent(saved),
-        layer.reason or (f"with {layer.region}" if layer.region else ""),
+        layer.reason or ", ".join(_remarks(layer)),
+    ]
+
+
+def _remarks(layer: Layer) -> list[str]:
+    return [
+        *([f"with {layer.region}"] if layer.region else []),
+        *(["row-sparse weight gradient"] if layer.weight_grad == "row_sparse" else []),
     ]
 
 

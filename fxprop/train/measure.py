@@ -133,6 +133,7 @@ def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
         *([policy.score] if policy.score != "l1" else []),
         *([f"scores from {policy.score_fraction:g}"] if policy.score_fraction != 1 else []),
         *(["norm grads kept"] if policy.norm_grad != "full" else []),
+        *(["row-sparse"] if policy.weight_grad == "row_sparse" else []),
         *(["no regions"] if not policy.regions else []),
         *(["always"] if policy.when == "always" else []),
     ]

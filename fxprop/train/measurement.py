@@ -125,6 +125,7 @@ class Measurement:
             "FLOPs saved",
             "forward ms",
             "backward ms",
+            "optimizer ms",
             "step ms",
             "backward speed-up",
             "whole-step speed-up",
@@ -144,7 +145,8 @@ class Measurement:
         peaks = any(variant.peak_bytes is not None for variant in self.variants)
         for variant in self.variants:
             parts = [
-                [getattr(step, part) for step in variant.steps] for part in ("forward", "backward", "total")
+                [getattr(step, part) for step in variant.steps]
+                for part in ("forward", "backward", "optimizer", "total")
             ]
             realised = self.realised(variant)
             row = [
