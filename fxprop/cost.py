@@ -29,7 +29,11 @@ _REGION = {"l2": 2**19, "random": 2**19, "l1": 2**22}
 
 
 def region_wins(site: Site, sparsity: Sparsity) -> bool:
-    """Whether batch-norm and ReLU are better rewritten with the convolution than left alone."""
+    """Whether what follows the layer is better rewritten with it than left alone."""
+    if site.region is not None and site.region.norm is None:
+        # a full pass over the gradient behind the activation costs what the activation's backward does
+        has_bias = site.call is not None and site.call.bias is not None
+        return sparsity.score_fraction <= 0.5 and not (has_bias and sparsity.bias == "full")
     if site.output_shape is None:
         return True
     least = 0 if sparsity.norm_grad == "kept" else _REGION[sparsity.score]

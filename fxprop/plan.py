@@ -15,6 +15,7 @@ Select = Literal["channel", "element"]
 BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
 WeightGrad = Literal["dense", "row_sparse"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 When = Literal["faster", "always"]
 Status = Literal["rewritten", "dense", "skipped"]
 
@@ -55,12 +56,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Region:
-    """What follows a convolution in the graph and can be rewritten with it: batch-norm, and ReLU or not."""
+    """What follows a layer in the graph and can be rewritten with it.
 
-    # qualified attribute name of the norm
-    norm: str
-    activation: Literal["relu"] | None
-    # graph nodes behind the convolution's own; the last one gives the region's output
+    A convolution's batch-norm, and ReLU or not; a linear layer's activation.
+    """
+
+    # qualified attribute name of the norm; None behind a linear layer
+    norm: str | None
+    activation: Activation | None
+    # graph nodes behind the layer's own; the last one gives the region's output
     nodes: tuple[str, ...]
 
 

@@ -150,8 +150,9 @@ class Policy:
         sync_selection: sum the scores over all processes of torch.distributed, so that every process
             keeps the same channels; has no meaning for "element".
         score_fraction: scores of "channel" from this share of the batch, from its beginning.
-        regions: rewrite a convolution together with the batch-norm and ReLU that follow it, so that
-            their backward runs for the kept channels only ("channel"; "l1", "l2" or "random").
+        regions: rewrite a convolution together with the batch-norm and ReLU that follow it, or a linear
+            layer with its activation, so that their backward runs for the kept channels only ("channel";
+            "l1", "l2" or "random").
         norm_grad: in a region, "kept" gives gamma and beta a gradient in the kept channels only.
         weight_grad: "row_sparse" gives the weights of convolutions and linear layers ("channel") a sparse
             tensor with the kept rows for gradient, as `nn.Embedding(sparse=True)` does, so that SGD without
@@ -203,11 +204,16 @@ class Policy:
 
         >>> fxprop.Policy.fast(keep=0.05)
 
-        Scores (score="l2") come from a quarter of the batch, and a batch-norm behind a convolution gets
-        gradients for the kept channels only. `settings` override these, or add rules. The README compares
-        speed, gradients and accuracy with the exact rule's.
+        Scores (score="l2") come from a quarter of the batch, and biases and a batch-norm behind a
+        convolution get gradients for the kept channels only. `settings` override these, or add rules. The
+        README compares speed, gradients and accuracy with the exact rule's.
         """
-        fast: dict[str, Any] = {"score": "l2", "score_fraction": 0.25, "norm_grad": "kept"}
+        fast: dict[str, Any] = {
+            "score": "l2",
+            "score_fraction": 0.25,
+            "norm_grad": "kept",
+            "bias": "selected",
+        }
         return cls(keep=keep, **{**fast, **settings})
 
     def resolve(self, sites: Iterable[Site]) -> Plan:

@@ -315,5 +315,5 @@ def test_settings_are_checked():
         with pytest.raises(PolicyError, match=f"policy: {setting}={value!r}: expected"):
             fxprop.Policy(keep=0.1, **{setting: value})
     assert fxprop.Policy.fast(0.1) == fxprop.Policy(
-        keep=0.1, score="l2", score_fraction=0.25, norm_grad="kept"
+        keep=0.1, score="l2", score_fraction=0.25, norm_grad="kept", bias="selected"
     )

@@ -1,4 +1,4 @@
-"""Which nodes behind a convolution can be rewritten with it: a batch-norm module, then ReLU or nothing."""
+"""Which nodes behind a layer can be rewritten with it: batch-norm and ReLU, or an activation."""
 
 from __future__ import annotations
 
@@ -8,27 +8,41 @@ from torch import fx, nn
 
 from fxprop.graph.site import Context
 from fxprop.ops.conv_norm import NORMS
-from fxprop.plan import Region, Site
+from fxprop.plan import Activation, Region, Site
 
-_RELU = frozenset((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"))
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+# a function, a method's name or a module class -> the activation; gelu is one of two
+_ACTIVATIONS: dict[object, Activation] = {
+    **dict.fromkeys((*_RELU, nn.ReLU), "relu"),
+    **dict.fromkeys((F.gelu, nn.GELU), "gelu"),
+    **dict.fromkeys((F.silu, nn.SiLU), "silu"),
+}
+_GELUS: dict[object, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def region_of(context: Context, node: fx.Node, site: Site) -> Region | None:
-    """The region that begins with the convolution at `node`; None if nothing fits.
+    """The region that begins with the convolution or linear layer at `node`; None if nothing fits.
 
     Each node must be the only user of the one before it. Modules with hooks are left out: they would not
     be called.
     """
-    if site.op not in ("conv1d", "conv2d", "conv3d") or site.skip is not None:
+    if site.skip is not None:
         return None
-    norm = _only_user(node)
-    if norm is None or not _is_plain(context, norm, NORMS) or not _takes_one(norm):
+    following = _only_user(node)
+    if following is None:
         return None
-    target = str(norm.target)
-    relu = _only_user(norm)
-    if relu is not None and _is_relu(context, relu):
-        return Region(target, "relu", (norm.name, relu.name))
-    return Region(target, None, (norm.name,))
+    if site.op == "linear":
+        activation = _activation(context, following)
+        return None if activation is None else Region(None, activation, (following.name,))
+    if site.op not in ("conv1d", "conv2d", "conv3d"):
+        return None
+    if not _is_plain(context, following, NORMS) or not _takes_one(following):
+        return None
+    target = str(following.target)
+    relu = _only_user(following)
+    if relu is not None and _activation(context, relu) == "relu":
+        return Region(target, "relu", (following.name, relu.name))
+    return Region(target, None, (following.name,))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -50,10 +64,20 @@ def _is_plain(context: Context, node: fx.Node, classes: tuple[type[nn.Module], .
     return type(module) in classes and not any(hooks) and "forward" not in vars(module)
 
 
-def _is_relu(context: Context, node: fx.Node) -> bool:
+def _activation(context: Context, node: fx.Node) -> Activation | None:
+    """Which activation `node` computes; None if another, or one that was changed."""
     if node.op == "call_module":
-        return _is_plain(context, node, (nn.ReLU,)) and _takes_one(node)
-    return node.op in ("call_function", "call_method") and node.target in _RELU
+        if not _is_plain(context, node, (nn.ReLU, nn.GELU, nn.SiLU)) or not _takes_one(node):
+            return None
+        module = context.module.get_submodule(str(node.target))
+        found, approximate = _ACTIVATIONS[type(module)], getattr(module, "approximate", "none")
+    elif node.op in ("call_function", "call_method") and len(node.args) == 1:
+        if node.target not in _ACTIVATIONS or not set(node.kwargs) <= {"inplace", "approximate"}:
+            return None
+        found, approximate = _ACTIVATIONS[node.target], node.kwargs.get("approximate", "none")
+    else:
+        return None
+    return _GELUS.get(approximate) if found == "gelu" else found
 
 
 def _takes_one(node: fx.Node) -> bool:

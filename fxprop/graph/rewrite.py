@@ -18,6 +18,7 @@ from fxprop.frontends.module import Graphs, TracedModule
 from fxprop.graph.calls import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
 from fxprop.ops.conv_norm import conv_batch_norm
+from fxprop.ops.linear_act import linear_activation
 from fxprop.ops.select import Keep
 from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
 from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
@@ -98,7 +99,7 @@ def rewrite(graph: fx.Graph, decisions: tuple[Decision, ...]) -> fx.Graph:
         layer1_0_conv1_weight = self.layer1[0].conv1.weight
         conv1 = fxprop_ops_conv2d(x, layer1_0_conv1_weight, None, stride=(1, 1), ..., k=3, ...)
 
-    A region becomes one call in the place of its convolution, under the name of its last node::
+    A region becomes one call in the place of its layer, under the name of its last node::
 
         relu = fxprop_ops_conv_batch_norm(x, layer1_0_conv1_weight, None, layer1_0_bn1, ..., k=3, ...)
     """
@@ -137,12 +138,14 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     target, keywords = OPERATORS[site.op], keep.arguments(takes_bias(site.op))
     last, inner = node, []
     if decision.region is not None:
-        target, keywords = conv_batch_norm, keep.arguments(takes_bias=False, takes_norm=True)
+        target = linear_activation
         if decision.region.activation is not None:
             kwargs["activation"] = decision.region.activation
-        with graph.inserting_before(node):
-            norm = _fetch(graph, nodes, Operand(attribute=decision.region.norm), node)
-        args = (*args, norm)
+        if decision.region.norm is not None:
+            target, keywords = conv_batch_norm, keep.arguments(takes_bias=False, takes_norm=True)
+            with graph.inserting_before(node):
+                norm = _fetch(graph, nodes, Operand(attribute=decision.region.norm), node)
+            args = (*args, norm)
         *inner, last = (nodes[name] for name in (node.name, *decision.region.nodes))
         # where the convolution stood: what lies between may change its input in place
         node.append(last)

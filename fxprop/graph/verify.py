@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from fxprop.errors import RewriteError
 from fxprop.ops.conv_norm import conv_batch_norm
+from fxprop.ops.linear_act import linear_activation
 from fxprop.ops.table import OPERATORS
 from fxprop.plan import Decision
 
@@ -36,7 +37,7 @@ def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, .
 
 def rewritten_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of `graph` that call a sparse operator."""
-    functions = {*OPERATORS.values(), conv_batch_norm}
+    functions = {*OPERATORS.values(), conv_batch_norm, linear_activation}
     return [n for n in graph.nodes if n.op == "call_function" and n.target in functions]
 
 

@@ -9,6 +9,7 @@ from fxprop.ops.conv_norm import conv_batch_norm
 from fxprop.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
+from fxprop.ops.linear_act import linear_activation
 from fxprop.ops.product import addmm, einsum, matmul
 from fxprop.ops.select import register_score, score_names
 from fxprop.ops.table import Product
@@ -28,6 +29,7 @@ __all__ = [
     "einsum",
     "grouped_mm",
     "linear",
+    "linear_activation",
     "matmul",
     "register_score",
     "restore_layout",

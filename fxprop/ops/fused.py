@@ -68,9 +68,16 @@ def summed(formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Ten
         sums = compiled(formula, *args)
         if sums is not None:
             return sums
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() <= 2 * _CACHED:
+    return in_pieces(formula, *args, like=like, entries=_CACHED)
+
+
+def in_pieces(
+    formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor, entries: int
+) -> tuple[Tensor, ...]:
+    """The sums that `formula` makes, as `summed` takes them, from about so many entries at a time."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() <= 2 * entries:
         return formula(*args)
-    rows = max(1, _CACHED * len(like) // like.numel())
+    rows = max(1, entries * len(like) // like.numel())
     starts = range(0, len(like), rows)
     pieces = [
         formula(

@@ -26,7 +26,7 @@ from fxprop.ops.select import Keep, mask_elements, select_channels, take_feature
 from fxprop.plan import BiasGrad, Select, WeightGrad
 
 
-def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by the kernels it picks when autograd records it.
 
     aten's matmul folds a non-contiguous input to 2-d only if the transposed weight requires grad, which
@@ -50,7 +50,7 @@ def _dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 class _SparseLinear(SparseFunction):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
-        return _dense_forward(input, weight, bias)
+        return dense_forward(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,32 +70,42 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_weight, needs_bias = needs[:3]
     grad = grad_output.reshape(-1, weight.shape[0])  # [rows, out_features]
-    grad_input = grad_weight = grad_bias = None
+    grad_bias = None
     if needs_bias and keep.bias_grad == "full":
         grad_bias = grad.sum(0)
         needs_bias = False
     if not (needs_input or needs_weight or needs_bias):
         return None, None, grad_bias
 
+    wanted = (needs_input, needs_weight)
     if keep.select == "element":
         grad = mask_elements(grad, keep)
-        kept_weight, kept = weight, None
-    else:
-        kept = select_channels(grad, 1, 1, keep)
-        grad = take_features(grad, kept)  # [rows, k]
-        kept_weight = weight.index_select(0, kept)  # [k, in_features]
-
-    if needs_input:
-        grad_input = grad.mm(kept_weight).view(input.shape)
-    if needs_weight:
-        grad_weight = grad.t().mm(input.reshape(-1, input.shape[-1]))
-        if kept is not None:
-            grad_weight = of_all_rows(grad_weight, kept, weight, keep)
+        return *_products(grad, input, weight, wanted), grad.sum(0) if needs_bias else grad_bias
+    kept = select_channels(grad, 1, 1, keep)
+    grad = take_features(grad, kept)
     if needs_bias:
-        grad_bias = grad.sum(0)
-        if kept is not None:
-            grad_bias = grad.new_zeros(weight.shape[0]).index_copy_(0, kept, grad_bias)
-    return grad_input, grad_weight, grad_bias
+        grad_bias = grad.new_zeros(weight.shape[0]).index_copy_(0, kept, grad.sum(0))
+    return *from_kept(grad, kept, input, weight, keep, wanted), grad_bias
+
+
+def from_kept(
+    grad: Tensor, kept: Tensor, input: Tensor, weight: Tensor, keep: Keep, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_input and grad_weight from grad_output's features `kept`, [rows, k]."""
+    grad_input, grad_weight = _products(grad, input, weight.index_select(0, kept), wanted)
+    if grad_weight is not None:
+        grad_weight = of_all_rows(grad_weight, kept, weight, keep)
+    return grad_input, grad_weight
+
+
+def _products(
+    grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    needs_input, needs_weight = wanted
+    return (
+        grad.mm(weight).view(input.shape) if needs_input else None,
+        grad.t().mm(input.reshape(-1, input.shape[-1])) if needs_weight else None,
+    )
 
 
 @public

@@ -88,8 +88,13 @@ def _layer(decision: Decision, counted: bool) -> Layer:
 def _region(decision: Decision) -> str | None:
     if decision.region is None:
         return None
-    activation = decision.region.activation
-    return "batch_norm" if activation is None else f"batch_norm + {activation}"
+    region = decision.region
+    return " + ".join(
+        [
+            *(["batch_norm"] if region.norm else []),
+            *([region.activation or ""] if region.activation else []),
+        ]
+    )
 
 
 def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprop.ops.conv_norm import NORMS, conv_batch_norm
+from fxprop.ops.linear_act import ACTIVATIONS, linear_activation
 from fxprop.ops.select import Keep
 from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
 from fxprop.plan import Operand, Site, Sparsity
@@ -100,8 +101,11 @@ def _dense(
     # an operator that keeps everything is the dense function
     output: Tensor = OPERATORS[site.op](*args, **kwargs, k=2**62)
     if sparsity.region:
-        output = _norm(site, leaves, made)(output)
-        output = F.relu(output) if site.region and site.region.activation else output
+        assert site.region is not None
+        if site.region.norm is not None:
+            output = _norm(site, leaves, made)(output)
+        if site.region.activation is not None:
+            output = ACTIVATIONS[site.region.activation](output)
     return output
 
 
@@ -114,10 +118,12 @@ def _sparse(
         output: Tensor = OPERATORS[site.op](*args, **kwargs, **keep.arguments(takes_bias(site.op)))
         return output
     assert site.region is not None
-    keywords = {**kwargs, **keep.arguments(takes_bias=False, takes_norm=True)}
     input, weight, bias = args
-    keywords |= {"activation": site.region.activation}
-    return conv_batch_norm(input, weight, bias, _norm(site, leaves, made), **keywords)
+    kwargs = {**kwargs, "activation": site.region.activation}
+    if site.region.norm is None:
+        return linear_activation(input, weight, bias, **kwargs, **keep.arguments())
+    kwargs |= keep.arguments(takes_bias=False, takes_norm=True)
+    return conv_batch_norm(input, weight, bias, _norm(site, leaves, made), **kwargs)
 
 
 def _norm(site: Site, leaves: list[Tensor], made: dict[str, Any]) -> torch.nn.Module:
