@@ -63,7 +63,7 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     parser.add_argument(
         "--preset",
         choices=tuple(_PRESETS),
-        help="fast: scores from part of the batch, bias and norm gradients of kept channels only (approximate)",
+        help="fast: scores from part of the batch, bias and norm gradients in part (an approximation)",
     )
     parser.add_argument(
         "--when", choices=WHENS, help="faster (default): leave dense what is predicted not to win"
