@@ -91,6 +91,8 @@ class Site:
     skip: str | None = None
     call: Call | None = None
     region: Region | None = None
+    # whether nothing else in the graph reads the input
+    is_only_reader: bool = False
     # parts of the weight that do not meet: conv groups, matrices of a batched product, experts
     groups: int = 1
     # output channels or features of all groups together; None where unknown
@@ -164,6 +166,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """The region that a site's input comes from, and what it reads of the site's grad_input."""
+
+    # name of the region's site
+    upstream: str
+    # kept and all channels
+    k: int
+    n: int
+    # the part of the batch that it reads whole
+    score_fraction: float
+
+
+@dataclass(frozen=True)
 class Sparsity:
     """What a rewritten site keeps: k of n, chosen how."""
 
@@ -180,6 +195,8 @@ class Sparsity:
     # whether the site's region is rewritten as one call
     region: bool = False
     weight_grad: WeightGrad = "dense"
+    # set where grad_input is computed as far as the region upstream reads it
+    chain: Chain | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from fxprop import cost
 from fxprop.errors import PolicyError
+from fxprop.joint import agreeing, chained
 from fxprop.ops.norm_backward import SCORES as REGION_SCORES
 from fxprop.plan import (
     BiasGrad,
@@ -218,7 +219,7 @@ class Policy:
 
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
-        return _agreeing([self._decide(site) for site in sites])
+        return Plan(chained(agreeing([self._decide(site) for site in sites])))
 
     def check_all_match(self, sites: Sequence[Site]) -> None:
         """Raise PolicyError for the first rule that matches none of `sites`."""
@@ -310,30 +311,6 @@ def _fits_region(site: Site, settings: Policy) -> bool:
         and settings.select == "channel"
         and settings.score in REGION_SCORES
     )
-
-
-def _agreeing(decisions: list[Decision]) -> Plan:
-    """The plan; several uses of one piece of code, which a module in it makes, are decided alike."""
-    uses: dict[tuple[str, str, str, int | None], list[Decision]] = {}
-    for decision in decisions:
-        uses.setdefault(_code_of(decision.site), []).append(decision)
-    agreed = []
-    for decision in decisions:
-        # the model's own graph has a node for each use
-        in_part = decision.site.graph or not decision.site.is_node
-        same_code = uses[_code_of(decision.site)] if in_part else [decision]
-        other = next((d for d in same_code if d.status != "rewritten"), same_code[0])
-        if decision.status == "rewritten" and other.status != "rewritten":
-            reason = f"one piece of code with {other.site.name}, which stays dense: {other.reason}"
-            decision = Decision(decision.site, "dense", reason, decided_by=decision.decided_by)
-        elif decision.status == "rewritten":
-            decision = replace(decision, sparsity=other.sparsity)
-        agreed.append(decision)
-    return Plan(tuple(agreed))
-
-
-def _code_of(site: Site) -> tuple[str, str, str, int | None]:
-    return site.graph, site.node, site.name.partition("#")[0], site.n("channel")
 
 
 def _kept(settings: Policy, n: int) -> int:

@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "version"],
     ["plan"],
     ["ops"],
-    ["cost", "settings"],
+    ["cost", "settings", "joint"],
     ["policy"],
     ["policy_files"],
     ["frontends"],

@@ -85,10 +85,19 @@ def _of_graph(traced: Traced, path: str, graph: fx.Graph, call: GraphCall | None
         elif node.op in ("call_function", "call_method"):
             site = read_call(context, node)
         if site is not None:
-            site = replace(site, region=region_of(context, node, site))
+            site = replace(
+                site, region=region_of(context, node, site), is_only_reader=_is_only_reader(site, node)
+            )
             order = call.order.get(node.name, 0) if call else 0
             found.append(_Found(site, order, call.functions.get(node.name) if call else None))
     return found
+
+
+def _is_only_reader(site: Site, node: fx.Node) -> bool:
+    if site.call is None or site.call.pad is not None:
+        return False
+    inputs = [n for n in node.all_input_nodes if n.name == site.call.input.node]
+    return len(inputs) == 1 and len(inputs[0].users) == 1
 
 
 def _with_unique_names(sites: list[Site]) -> list[Site]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fxprop.ops.chain import upstream_of
 from fxprop.ops.common import autocast, check_keep, needs_backward, public
 from fxprop.ops.conv_backward import Geometry, SparseConv
 from fxprop.ops.select import Keep
@@ -86,7 +87,7 @@ def _convolve(
     dilations = expand(dilation, dims)
     input, paddings = resolve_padding(input, weight, padding, dilations)
     geometry = Geometry(expand(stride, dims), paddings, dilations, groups)
-    output: Tensor = SparseConv.apply(input, weight, bias, geometry, keep)
+    output: Tensor = SparseConv.apply(input, weight, bias, geometry, keep, upstream_of(input, keep))
     return output.squeeze(0) if unbatched else output
 
 
@@ -112,15 +113,25 @@ def conv1d(
     sync_selection: bool = False,
     score_fraction: float = 1.0,
     weight_grad: WeightGrad = "dense",
+    chained: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose backward uses only the top-k part of grad_output.
 
     >>> y = fxprop.ops.conv1d(x, weight, bias, padding=1, k=3)    # 3 of weight.shape[0] output channels
 
     input [N, C_in, L] or [C_in, L], weight [C_out, C_in/groups, kL]; dtypes, `select`,
-    `score`, `bias_grad`, `weight_grad`, errors and sources as in `conv2d`.
+    `score`, `bias_grad`, `weight_grad`, `chained`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
+    keep = Keep(
+        k,
+        select,
+        score,
+        bias_grad,
+        sync_selection,
+        score_fraction,
+        weight_grad=weight_grad,
+        chained=chained,
+    )
     return _convolve(conv1d, F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -141,6 +152,7 @@ def conv2d(
     sync_selection: bool = False,
     score_fraction: float = 1.0,
     weight_grad: WeightGrad = "dense",
+    chained: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose backward uses only the top-k part of grad_output.
 
@@ -161,12 +173,23 @@ def conv2d(
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
             the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.
+        chained: the caller's word that the input comes from `conv_batch_norm` and is used here alone. Where
+            that reads only part of its grad_output, no more of it is computed; the same gradients.
 
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,
     section 3.3, applied to output channels ("channel").
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
+    keep = Keep(
+        k,
+        select,
+        score,
+        bias_grad,
+        sync_selection,
+        score_fraction,
+        weight_grad=weight_grad,
+        chained=chained,
+    )
     return _convolve(conv2d, F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
@@ -187,13 +210,23 @@ def conv3d(
     sync_selection: bool = False,
     score_fraction: float = 1.0,
     weight_grad: WeightGrad = "dense",
+    chained: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose backward uses only the top-k part of grad_output.
 
     >>> y = fxprop.ops.conv3d(x, weight, bias, padding=1, k=3)    # 3 of weight.shape[0] output channels
 
     input [N, C_in, D, H, W] or [C_in, D, H, W], weight [C_out, C_in/groups, kD, kH, kW]; dtypes, `select`,
-    `score`, `bias_grad`, `weight_grad`, errors and sources as in `conv2d`.
+    `score`, `bias_grad`, `weight_grad`, `chained`, errors and sources as in `conv2d`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
+    keep = Keep(
+        k,
+        select,
+        score,
+        bias_grad,
+        sync_selection,
+        score_fraction,
+        weight_grad=weight_grad,
+        chained=chained,
+    )
     return _convolve(conv3d, F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)

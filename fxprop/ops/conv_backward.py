@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import pointwise
+from fxprop.ops.chain import hand_over
 from fxprop.ops.common import SparseFunction, autocast_device, of_all_rows, refuse_double_backward
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_channels
 
@@ -42,32 +43,33 @@ class SparseConv(SparseFunction):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, keep: Keep
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        keep: Keep,
+        upstream: Any | None = None,
     ) -> Tensor:
         return torch.convolution(input, weight, bias, *geometry.arguments(geometry.groups))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.geometry, ctx.keep = inputs
+        input, weight, _, ctx.geometry, ctx.keep, ctx.upstream = inputs
         ctx.save_for_backward(input, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = _backward(grad_output, input, weight, ctx.geometry, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads, (grad_output, input, weight)), None, None)
+            grads = _backward(ctx, grad_output, input, weight)
+        return (*refuse_double_backward(grads, (grad_output, input, weight)), None, None, None)
 
 
 def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    keep: Keep,
-    needs: tuple[bool, ...],
+    ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_input, needs_weight, needs_bias = needs[:3]
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    geometry, keep = ctx.geometry, ctx.keep
     summed = (0, *range(2, grad_output.dim()))
     grad_bias = None
     if needs_bias and keep.bias_grad == "full":
@@ -86,7 +88,7 @@ def _backward(
     out_channels, groups = geometry.out_channels(weight), geometry.groups
     kept = select_channels(grad_output, 1, 1 if groups == out_channels else groups, keep)
     grad = take_channels(grad_output, kept)
-    grad_input, grad_weight = from_kept(grad, kept, input, weight, geometry, keep, wanted)
+    grad_input, grad_weight = from_kept(grad, kept, input, weight, geometry, keep, wanted, ctx.upstream)
     if needs_bias:
         grad_bias = grad.new_zeros(out_channels).index_copy_(0, kept, grad.sum(summed))
     return grad_input, grad_weight, grad_bias
@@ -100,21 +102,41 @@ def from_kept(
     geometry: Geometry,
     keep: Keep,
     wanted: tuple[bool, bool],
+    upstream: Any | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input and grad_weight from grad_output's channels `kept`, [N, k * groups, *spatial_out]."""
+    """grad_input and grad_weight from grad_output's channels `kept`, [N, k * groups, *spatial_out].
+
+    With `upstream`, the node of a region, grad_input is a placeholder: see `fxprop.ops.chain`.
+    """
     groups = geometry.groups
     if groups > 1 and groups == geometry.out_channels(weight):
         return _depthwise(grad, input, weight, geometry, kept, keep, wanted)
     if geometry.transposed:
         return _transposed(grad, input, weight, geometry, kept, wanted)
     kept_weight = weight.index_select(0, kept)
-    if pointwise.applies(input, weight, geometry.padding, groups):
-        grad_input, grad_weight = pointwise.gradients(grad, input, kept_weight, geometry.stride, *wanted)
+    if upstream is not None and wanted[0] and groups == 1:
+        placeholder = hand_over(
+            upstream,
+            grad,
+            kept_weight,
+            input,
+            lambda grad, weight, input: _gradients(grad, weight, input, geometry, (True, False))[0],
+        )
+        _, grad_weight = _gradients(grad, kept_weight, input, geometry, (False, wanted[1]))
+        grad_input: Tensor | None = placeholder
     else:
-        grad_input, grad_weight = _dense(grad, input, kept_weight, geometry, groups, wanted)
+        grad_input, grad_weight = _gradients(grad, kept_weight, input, geometry, wanted)
     if grad_weight is not None:
         grad_weight = of_all_rows(grad_weight, kept, weight, keep)
     return grad_input, grad_weight
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    if pointwise.applies(input, weight, geometry.padding, geometry.groups):
+        return pointwise.gradients(grad, input, weight, geometry.stride, *wanted)
+    return _dense(grad, input, weight, geometry, geometry.groups, wanted)
 
 
 def _depthwise(

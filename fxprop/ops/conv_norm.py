@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops import conv
+from fxprop.ops.chain import ChainEnd, upstream_of
 from fxprop.ops.common import (
     SparseFunction,
     autocast,
@@ -51,6 +52,7 @@ def conv_batch_norm(
     score_fraction: float = 1.0,
     norm_grad: NormGrad = "full",
     weight_grad: WeightGrad = "dense",
+    chained: bool = False,
 ) -> Tensor:
     """`norm(conv(input))`, with ReLU after it or not, whose backward computes only the kept channels.
 
@@ -71,14 +73,14 @@ def conv_batch_norm(
             if it were the batch, but for the mean and standard deviation.
         norm_grad: "full", or "kept": the norm's own parameters get a gradient in the kept channels only,
             which spares a pass over all of grad_output.
-        weight_grad: as in `linear`.
+        weight_grad, chained: as in `conv2d`.
 
     Where the norm uses running statistics (eval mode), has hooks, or is another kind of module, on
     devices other than the CPU, where it was not measured, and under torch.compile, which fuses by itself,
     the three are simply called one after the other. Raises OpError
     for arguments it cannot take and on double backward. Sources: 1706.06197, section 3.3; 1502.03167.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction, norm_grad, weight_grad)
+    keep = Keep(k, select, score, "full", sync_selection, score_fraction, norm_grad, weight_grad, chained)
     if activation not in (None, "relu"):
         raise OpError(f"conv_batch_norm: activation={activation!r}: expected 'relu' or None")
     if norm_grad not in NORM_GRADS:
@@ -122,7 +124,16 @@ def conv_batch_norm(
     input, paddings = conv.resolve_padding(input, weight, padding, dilations)
     geometry = Geometry(conv.expand(stride, dims), paddings, dilations, groups)
     outputs = _SparseConvNorm.apply(
-        input, weight, bias, norm.weight, norm.bias, norm, geometry, activation, keep
+        input,
+        weight,
+        bias,
+        norm.weight,
+        norm.bias,
+        norm,
+        geometry,
+        activation,
+        keep,
+        upstream_of(input, keep),
     )
     result: Tensor = outputs[0]
     return result
@@ -177,6 +188,7 @@ class _SparseConvNorm(SparseFunction):
         geometry: Geometry,
         activation: Activation | None,
         keep: Keep,
+        upstream: Any | None,
     ) -> tuple[Tensor, ...]:
         convolved = torch.convolution(input, weight, bias, *geometry.arguments(geometry.groups))
         output, mean, invstd = _normalise(convolved, norm)
@@ -184,9 +196,12 @@ class _SparseConvNorm(SparseFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, weight, _, gamma, _, norm, ctx.geometry, activation, ctx.keep = inputs
+        input, weight, _, gamma, _, norm, ctx.geometry, activation, keep, ctx.upstream = inputs
         result, convolved, mean, invstd = output
-        ctx.eps = norm.eps
+        ctx.keep, ctx.eps = keep, norm.eps
+        # with less to read, what lies downstream can compute less
+        partial = keep.norm_grad == "kept" and keep.score_fraction < 1
+        ctx.chain = ChainEnd(_choose, keep.score_fraction) if partial else None
         ctx.mark_non_differentiable(convolved, mean, invstd)
         # or autograd would fill a tensor with zeros for each of them
         ctx.set_materialize_grads(False)
@@ -197,29 +212,47 @@ class _SparseConvNorm(SparseFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 9
+            return (None,) * 10
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             grads = _backward(ctx, grad_output)
         input, weight, gamma, *_ = ctx.saved_tensors
         used = (grad_output, input, weight, *(() if gamma is None else (gamma,)))
-        return (*refuse_double_backward(grads, used), None, None, None, None)
+        return (*refuse_double_backward(grads, used), None, None, None, None, None)
+
+
+def _top(norm: NormBackward, ctx: Any) -> Tensor:
+    return top_channels(norm.scores(norm.sums(), ctx.keep), ctx.geometry.groups, ctx.keep.k)
+
+
+def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
+    """The channels that the region of `ctx` keeps, by the grad_output of the first examples."""
+    _, _, gamma, convolved, mean, invstd, output = ctx.saved_tensors
+    first = slice(len(grad_output))
+    part = None if output is None else output[first]
+    return _top(NormBackward(grad_output, part, convolved[first], mean, invstd, gamma, ctx.eps), ctx)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, gamma, convolved, mean, invstd, output = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_gamma, needs_beta = ctx.needs_input_grad[:5]
     norm = NormBackward(grad_output, output, convolved, mean, invstd, gamma, ctx.eps)
+    handed = None if ctx.chain is None else ctx.chain.take(grad_output)
     keep, groups = ctx.keep, ctx.geometry.groups
     # the norm subtracts the mean, and with it whatever a bias adds
     grad_bias = weight.new_zeros(len(mean)) if needs_bias else None
     wanted = (needs_input, needs_weight)
     if keep.norm_grad == "kept":
-        part = norm.part(keep.score_fraction)
-        kept = top_channels(part.scores(part.sums(), keep), groups, keep.k)
-        grad, kept_gamma, kept_beta = norm.backward(kept)
+        if handed is None:
+            kept = _top(norm.part(keep.score_fraction), ctx)
+            grad, kept_gamma, kept_beta = norm.backward(kept)
+        else:
+            kept = handed.kept
+            grad, kept_gamma, kept_beta = norm.by_aten(kept, handed.grad)
         product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
         total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
-        grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, keep, wanted)
+        grad_input, grad_weight = from_kept(
+            grad, kept, input, weight, ctx.geometry, keep, wanted, ctx.upstream
+        )
     else:
         sums = norm.sums()
         product, total = sums.product, sums.grad
@@ -229,7 +262,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             scores = norm.scores(sums, keep) if part is norm else part.scores(part.sums(), keep)
             kept = top_channels(scores, groups, keep.k)
             grad = norm.kept_gradient(sums, kept)
-            grad_input, grad_weight = from_kept(grad, kept, input, weight, ctx.geometry, keep, wanted)
+            grad_input, grad_weight = from_kept(
+                grad, kept, input, weight, ctx.geometry, keep, wanted, ctx.upstream
+            )
     return (
         grad_input,
         grad_weight,

@@ -111,7 +111,7 @@ class NormBackward(NamedTuple):
         """The channels `kept` of the norm's grad_input, in the input's memory format: [N, k, *spatial]."""
         of_kept = Sums(*(values.index_select(0, kept) for values in sums))
         found = self._fused_gradient(of_kept, kept)
-        return self._by_aten(kept)[0] if found is None else found
+        return self.by_aten(kept)[0] if found is None else found
 
     def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the norm's input, gamma and beta in the channels `kept`, from these alone."""
@@ -125,7 +125,7 @@ class NormBackward(NamedTuple):
             gradient = None if sums is None else self._fused_gradient(sums, kept)
             if sums is not None and gradient is not None:
                 return gradient, sums.product, sums.grad
-        return self._by_aten(kept)
+        return self.by_aten(kept)
 
     def _fused_gradient(self, sums: Sums, kept: Tensor) -> Tensor | None:
         """grad_input from the sums of the kept channels; None where formulas are not compiled."""
@@ -151,8 +151,9 @@ class NormBackward(NamedTuple):
             return found.view(n, *spatial, len(kept)).movedim(-1, 1)
         return found.view(n, len(kept), *spatial)
 
-    def _by_aten(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad = _wide(take_channels(self.grad_output, kept))
+    def by_aten(self, kept: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `backward`; with `grad`, the channels `kept` of grad_output, in place of grad_output."""
+        grad = _wide(take_channels(self.grad_output, kept) if grad is None else grad)
         if self.output is not None:
             grad = torch.ops.aten.threshold_backward(grad, _wide(take_channels(self.output, kept)), 0)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(

@@ -33,6 +33,7 @@ class Keep(NamedTuple):
     score_fraction: float = 1.0
     norm_grad: NormGrad = "full"
     weight_grad: WeightGrad = "dense"
+    chained: bool = False
 
     @classmethod
     def of(cls, sparsity: Sparsity) -> Keep:
@@ -46,6 +47,7 @@ class Keep(NamedTuple):
             sparsity.score_fraction,
             sparsity.norm_grad,
             sparsity.weight_grad,
+            sparsity.chain is not None,
         )
 
     def arguments(self, takes_bias: bool = True, takes_norm: bool = False) -> dict[str, Any]:
@@ -61,6 +63,8 @@ class Keep(NamedTuple):
             del keywords["norm_grad"]
         if self.weight_grad == "dense":
             del keywords["weight_grad"]
+        if not self.chained:
+            del keywords["chained"]
         return keywords
 
 

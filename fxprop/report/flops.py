@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
-from fxprop.plan import Decision, Plan, Sparsity
+from fxprop.plan import Chain, Decision, Plan, Sparsity
 from fxprop.report.report import Gradients, Layer, Report
 
 
@@ -63,6 +64,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         graph=site.graph,
         region=_region(decision),
         weight_grad=sparsity.weight_grad if sparsity else None,
+        chain=sparsity.chain.upstream if sparsity and sparsity.chain else None,
     )
     if not counted:
         return layer
@@ -79,10 +81,21 @@ def _layer(decision: Decision, counted: bool) -> Layer:
     if sparsity is None:
         return layer.with_counts(forward, dense, dense, dense, 0)
     sparse = _gradients(forward * sparsity.k // sparsity.n, needs)
+    if sparsity.chain is not None and site.input_shape is not None:
+        sparse = replace(
+            sparse, grad_input=_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
+        )
     # element selection masks grad_output and runs the dense kernels
     executed = sparse if sparsity.select == "channel" else dense
     select_ops = _select_ops(math.prod(site.output_shape), site.out_channels, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
+
+
+def _chained(grad_input: int, chain: Chain, batch: int) -> int:
+    """Whole for the examples that upstream chooses by, and its kept channels for the others."""
+    whole = math.ceil(chain.score_fraction * batch)
+    rest = grad_input * (batch - whole) // batch
+    return grad_input - rest + rest * chain.k // chain.n
 
 
 def _region(decision: Decision) -> str | None:

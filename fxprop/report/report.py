@@ -56,6 +56,8 @@ class Layer:
     region: str | None = None
     # "dense" or "row_sparse", of a rewritten layer
     weight_grad: WeightGrad | None = None
+    # the layer upstream that reads only a part of grad_input, which is all that is computed
+    chain: str | None = None
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -100,6 +102,7 @@ class Layer:
             "graph": self.graph,
             "region": self.region,
             "weight_grad": self.weight_grad,
+            "chain": self.chain,
             "input_shape": _as_list(self.input_shape),
             "weight_shape": _as_list(self.weight_shape),
             "output_shape": _as_list(self.output_shape),

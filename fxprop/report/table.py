@@ -77,6 +77,7 @@ def _row(layer: Layer) -> list[str]:
 def _remarks(layer: Layer) -> list[str]:
     return [
         *([f"with {layer.region}"] if layer.region else []),
+        *([f"for {layer.chain}"] if layer.chain else []),
         *(["row-sparse weight gradient"] if layer.weight_grad == "row_sparse" else []),
     ]
 

@@ -1,0 +1,61 @@
+"""Decisions that depend on one another: one piece of code that is used twice, and convolutions in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fxprop.plan import Chain, Decision, Site
+
+
+def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """Several uses of one piece of code, which a module in it makes, are decided alike."""
+    uses: dict[tuple[str, str, str, int | None], list[Decision]] = {}
+    for decision in decisions:
+        uses.setdefault(_code_of(decision.site), []).append(decision)
+    agreed = []
+    for decision in decisions:
+        # the model's own graph has a node for each use
+        in_part = decision.site.graph or not decision.site.is_node
+        same_code = uses[_code_of(decision.site)] if in_part else [decision]
+        other = next((d for d in same_code if d.status != "rewritten"), same_code[0])
+        if decision.status == "rewritten" and other.status != "rewritten":
+            reason = f"one piece of code with {other.site.name}, which stays dense: {other.reason}"
+            decision = Decision(decision.site, "dense", reason, decided_by=decision.decided_by)
+        elif decision.status == "rewritten":
+            decision = replace(decision, sparsity=other.sparsity)
+        agreed.append(decision)
+    return tuple(agreed)
+
+
+def _code_of(site: Site) -> tuple[str, str, str, int | None]:
+    return site.graph, site.node, site.name.partition("#")[0], site.n("channel")
+
+
+def chained(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """The convolutions whose input a region gives to them alone compute grad_input as far as it is read.
+
+    The region reads only a part of its grad_output if its scores come from a part of the batch and its
+    norm gets gradients for kept channels only.
+    """
+    regions = {(d.site.graph, d.node): d for d in decisions if d.region is not None}
+    found = []
+    for decision in decisions:
+        site, sparsity = decision.site, decision.sparsity
+        upstream = None
+        if site.call is not None and site.is_only_reader:
+            upstream = regions.get((site.graph, site.call.input.node or ""))
+        if sparsity is not None and sparsity.select == "channel" and upstream and _fits(site, upstream):
+            of = upstream.sparsity
+            assert of is not None
+            chain = Chain(upstream.site.name, of.k, of.n, of.score_fraction)
+            decision = replace(decision, sparsity=replace(sparsity, chain=chain))
+        found.append(decision)
+    return tuple(found)
+
+
+def _fits(site: Site, upstream: Decision) -> bool:
+    of = upstream.sparsity
+    partial = of is not None and of.norm_grad == "kept" and of.score_fraction < 1
+    is_conv = site.op in ("conv1d", "conv2d", "conv3d") and site.groups == 1
+    return partial and is_conv and upstream.region is not None and upstream.region.norm is not None
