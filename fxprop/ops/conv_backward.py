@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxprop.ops import pointwise
+from fxprop.ops import few_channels, pointwise
 from fxprop.ops.chain import hand_over
 from fxprop.ops.common import SparseFunction, autocast_device, of_all_rows, refuse_double_backward
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_channels
@@ -136,6 +136,8 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     if pointwise.applies(input, weight, geometry.padding, geometry.groups):
         return pointwise.gradients(grad, input, weight, geometry.stride, *wanted)
+    if few_channels.applies(grad, input, weight, geometry.stride, geometry.groups):
+        return few_channels.gradients(grad, input, weight, geometry.padding, geometry.dilation, *wanted)
     return _dense(grad, input, weight, geometry, geometry.groups, wanted)
 
 
