@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fxprop.plan import Chain, Decision, Site
+from fxprop.plan import Chain, Decision, Site, Sparsity
 
 
 def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
@@ -42,20 +42,20 @@ def chained(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     found = []
     for decision in decisions:
         site, sparsity = decision.site, decision.sparsity
-        upstream = None
-        if site.call is not None and site.is_only_reader:
-            upstream = regions.get((site.graph, site.call.input.node or ""))
-        if sparsity is not None and sparsity.select == "channel" and upstream and _fits(site, upstream):
-            of = upstream.sparsity
-            assert of is not None
-            chain = Chain(upstream.site.name, of.k, of.n, of.score_fraction)
+        if sparsity is not None:
+            upstream = regions.get((site.graph, site.call.input.node or "")) if site.call else None
+            chain = _chain(site, sparsity, upstream)
             decision = replace(decision, sparsity=replace(sparsity, chain=chain))
         found.append(decision)
     return tuple(found)
 
 
-def _fits(site: Site, upstream: Decision) -> bool:
+def _chain(site: Site, sparsity: Sparsity, upstream: Decision | None) -> Chain | None:
+    if upstream is None or upstream.sparsity is None or upstream.region is None:
+        return None
     of = upstream.sparsity
-    partial = of is not None and of.norm_grad == "kept" and of.score_fraction < 1
+    is_partial = upstream.region.norm is not None and of.norm_grad == "kept" and of.score_fraction < 1
     is_conv = site.op in ("conv1d", "conv2d", "conv3d") and site.groups == 1
-    return partial and is_conv and upstream.region is not None and upstream.region.norm is not None
+    if not (is_partial and is_conv and site.is_only_reader and sparsity.select == "channel"):
+        return None
+    return Chain(upstream.site.name, of.k, of.n, of.score_fraction)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Select = Literal["channel", "element"]
@@ -197,6 +197,11 @@ class Sparsity:
     weight_grad: WeightGrad = "dense"
     # set where grad_input is computed as far as the region upstream reads it
     chain: Chain | None = None
+
+    @property
+    def alone(self) -> Sparsity:
+        """The same without what other sites have to do with it."""
+        return replace(self, chain=None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxprop.errors import ModelError
+from fxprop.joint import chained
 from fxprop.plan import Decision, Plan, Site, Sparsity
 from fxprop.policy import Policy, Rule
 from fxprop.report.flops import make_report
@@ -49,12 +50,12 @@ class Recipe:
         }
 
     def _by_measurement(self, plan: Plan) -> Plan:
-        return Plan(tuple(self._measured(decision) for decision in plan.decisions))
+        return Plan(chained([self._measured(decision) for decision in plan.decisions]))
 
     def _measured(self, decision: Decision) -> Decision:
         if decision.sparsity is None:
             return decision
-        reason = self.measured.get((decision.site.name, decision.sparsity))
+        reason = self.measured.get((decision.site.name, decision.sparsity.alone))
         if reason is None:
             return decision
         return Decision(decision.site, "dense", reason, decided_by="tune")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxprop
 from fxprop.errors import OpError
+from fxprop.train.site_times import SiteTimes
 
 FAST = {"score": "l2", "score_fraction": 0.25, "norm_grad": "kept", "bias": "selected", "when": "always"}
 
@@ -133,6 +134,23 @@ def test_chains_need_a_partial_reader_and_a_single_one():
             return self.head(self.conv3(y).flatten(2).mean(2)) + x.mean()
 
     assert chains(Twice()) == [None, None, "conv2", None]
+
+
+def test_chains_end_where_tuning_leaves_dense(monkeypatch):
+    x = torch.randn(8, 4, 6, 6)
+    gm, _ = transformed(Row(), x)
+    asked = []
+
+    def times(site, sparsity, conditions, rounds):
+        asked.append((site.name, sparsity.chain))
+        return SiteTimes(1.0, 2.0 if site.name == "conv1" else 0.5)
+
+    monkeypatch.setattr("fxprop.train.tune.time_site", times)
+    report = fxprop.tune(gm, (x,))
+    assert asked == [("conv1", None), ("conv2", None), ("conv3", None)]
+    assert [layer.status for layer in report.layers] == ["dense", "rewritten", "rewritten", "dense"]
+    assert [layer.chain for layer in report.layers] == [None, None, "conv2", None]
+    assert gm.code.count("chained = True") == 1
 
 
 def test_a_broken_promise_is_an_error():

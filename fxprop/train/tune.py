@@ -68,8 +68,8 @@ def tune(
     }
     for decision in tqdm(rewritten.values(), "tuning", unit="layer", disable=not progress, leave=False):
         site = with_shapes_of(decision, shapes)
-        sparsity = decision.sparsity
-        assert sparsity is not None
+        assert decision.sparsity is not None
+        sparsity = decision.sparsity.alone
         if not can_time(site):
             continue
         known_as = key(site, sparsity, conditions)
