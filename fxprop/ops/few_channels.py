@@ -58,7 +58,8 @@ def gradients(
     dims = tuple(range(2, weight.dim()))
     # a tap at one end of the kernel meets grad_output shifted to the other
     flipped = weight.flip(dims).movedim(1, -1).flatten(0, -2)  # [k * kernel, C_in]
-    in_rows = is_channels_last(grad_output)
+    # not by grad_output: a single channel has no layout to tell
+    in_rows = is_channels_last(input)
     shifted = _shifted(grad_output, input.shape[2:], kernel, padding, dilation, in_rows)
     grad_input = grad_weight = None
     if in_rows:
