@@ -60,9 +60,9 @@ def of_all_rows(rows: Tensor, kept: Tensor, weight: Tensor, keep: Keep) -> Tenso
     if keep.weight_grad == "dense" or torch.compiler.is_compiling():
         return torch.zeros_like(weight).index_copy_(0, kept, rows)
     ascending, order = kept.sort()
-    return torch.sparse_coo_tensor(
-        ascending[None], rows[order], weight.shape, check_invariants=False, is_coalesced=True
-    )
+    # by the indices' making they are in range and ascending; torch warns of checks left undecided
+    with torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
+        return torch.sparse_coo_tensor(ascending[None], rows[order], weight.shape, is_coalesced=True)
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
