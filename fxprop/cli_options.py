@@ -23,7 +23,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     """MODEL and how to load it, and where the output goes."""
     parser.add_argument(
         "model",
-        **({"nargs": "+"} if several else {}),  # type: ignore[arg-type]
+        nargs="+" if several else None,
         metavar="MODEL",
         help="torchvision name, timm:NAME, hf:NAME (a directory, or a configuration's or model's class), "
         "package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
@@ -57,7 +57,7 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     """What to keep; with `several`, --keep takes more than one number."""
     parser.add_argument(
         "--keep",
-        **({"nargs": "+"} if several else {}),  # type: ignore[arg-type]
+        nargs="+" if several else None,
         help=f"share of the gradient to keep, 0 < keep <= 1 (default {_DEFAULT_KEEP})",
     )
     parser.add_argument(

@@ -24,7 +24,14 @@ from fxprop.ops.common import (
 )
 from fxprop.ops.linear import dense_forward, from_kept, linear
 from fxprop.ops.norm_backward import SCORES
-from fxprop.ops.select import Keep, part_of, summed_over_processes, take_features, top_channels
+from fxprop.ops.select import (
+    Keep,
+    part_of,
+    summed_over_processes,
+    take_features,
+    top_channels,
+    wide,
+)
 from fxprop.plan import Activation, BiasGrad, Select, WeightGrad
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -154,20 +161,19 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_weight, needs_bias = needs[:3]
     grad, before = (t.reshape(-1, weight.shape[0]) for t in (grad_output, features))  # [rows, out_features]
-    formula = _sums(activation, 2 if keep.score == "l2" else 1)
-    total = None
-    if keep.score_fraction == 1 or (needs_bias and keep.bias_grad == "full"):
-        total, scores = fused.in_pieces(formula, grad, before, like=grad, entries=_PIECE)
-    if keep.score_fraction != 1:
-        part = part_of(grad, keep.score_fraction)
-        _, scores = fused.in_pieces(
-            formula, part, part_of(before, keep.score_fraction), like=part, entries=_PIECE
-        )
-    grad_bias = total if needs_bias and keep.bias_grad == "full" else None
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(weight.dtype)
-    if not (needs_input or needs_weight or (needs_bias and grad_bias is None)):
-        return None, None, grad_bias
+
+    def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        formula = _sums(activation, 2 if keep.score == "l2" else 1)
+        return fused.in_pieces(formula, grad, before, like=grad, entries=_PIECE)
+
+    grad_bias = None
+    if needs_bias and keep.bias_grad == "full":
+        total, scores = sums(grad, before)
+        grad_bias = total.to(weight.dtype)
+        if not (needs_input or needs_weight):
+            return None, None, grad_bias
+    if grad_bias is None or keep.score_fraction != 1:
+        _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
     if keep.score == "random":
         scores = torch.rand_like(scores) + 0 * scores
     kept = top_channels(summed_over_processes(scores) if keep.sync_selection else scores, 1, keep.k)
@@ -184,9 +190,7 @@ def _sums(activation: str, order: int) -> Callable[..., tuple[Tensor, Tensor]]:
     through = _BACKWARDS[activation]
 
     def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        behind = through(grad, before)
-        if behind.dtype in (torch.float16, torch.bfloat16):
-            behind = behind.float()
+        behind = wide(through(grad, before))
         return behind.sum(0), (behind.abs() if order == 1 else behind.square()).sum(0)
 
     return sums

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from fxprop.ops import fused
-from fxprop.ops.select import Keep, is_channels_last, part_of, summed_over_processes, take_channels
+from fxprop.ops.select import (
+    Keep,
+    is_channels_last,
+    part_of,
+    summed_over_processes,
+    take_channels,
+    wide,
+)
 
 # scores that follow from sums over grad_output alone
 SCORES = ("l1", "l2", "random")
@@ -59,33 +66,29 @@ class NormBackward(NamedTuple):
         """gamma / std, [C]."""
         return self.invstd if self.gamma is None else self.invstd * self.gamma
 
-    def _flat(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        tensors = (self.grad_output, self.output, self.input)
+    def _flat(self) -> tuple[Tensor, ...]:
+        """What the formulas begin with: grad_output and input, and output where there is a ReLU."""
         last = is_channels_last(self.input)
-        grad, output, input = (None if t is None else _flatten(t, last) for t in tensors)
-        assert grad is not None
-        assert input is not None
-        return grad, output, input
+        return tuple(
+            _flatten(t, last) for t in (self.grad_output, self.input, self.output) if t is not None
+        )
 
     def sums(self) -> Sums:
         """Everything that scores and the gradients of gamma and beta are made of, in one pass."""
-        grad, output, input = self._flat()
-        given = (grad, input) if output is None else (grad, input, output)
-        if fused.compiles(grad):
-            formula = _masked_sums if output is not None else _plain_sums
+        given = self._flat()
+        if fused.compiles(self.grad_output):
+            formula = _plain_sums if self.output is None else _masked_sums
         else:
-            formula = _masked_sums_by_aten if output is not None else _sums_by_aten
-        return Sums(*fused.summed(formula, *given, self.mean, self.invstd, like=grad))
+            formula = _sums_by_aten if self.output is None else _masked_sums_by_aten
+        return Sums(*fused.summed(formula, *given, self.mean, self.invstd, like=self.grad_output))
 
     def scores(self, sums: Sums, keep: Keep) -> Tensor:
         """One score per channel of the norm's grad_input; NaN where an entry is not finite."""
         if keep.score == "l1":
-            grad, output, input = self._flat()
-            given = (grad, input) if output is None else (grad, input, output)
             shift = sums.grad / self.entries
             slope = self.invstd * sums.product / self.entries
-            formula = _masked_magnitudes if output is not None else _plain_magnitudes
-            (scores,) = fused.summed(formula, *given, self.mean, shift, slope, like=grad)
+            formula = _plain_magnitudes if self.output is None else _masked_magnitudes
+            (scores,) = fused.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
             scores = scores * self.scale.abs()
         elif keep.score == "l2":
             # sum(xhat^2) / m, which eps makes a little less than 1
@@ -100,12 +103,11 @@ class NormBackward(NamedTuple):
         """The same for the first examples, with the whole batch's mean and deviation."""
         if fraction == 1:
             return self
-        grad, output, input = (
-            None if t is None else part_of(t, fraction) for t in (self.grad_output, self.output, self.input)
+        return self._replace(
+            grad_output=part_of(self.grad_output, fraction),
+            output=None if self.output is None else part_of(self.output, fraction),
+            input=part_of(self.input, fraction),
         )
-        assert grad is not None
-        assert input is not None
-        return self._replace(grad_output=grad, output=output, input=input)
 
     def kept_gradient(self, sums: Sums, kept: Tensor) -> Tensor:
         """The channels `kept` of the norm's grad_input, in the input's memory format: [N, k, *spatial]."""
@@ -115,12 +117,10 @@ class NormBackward(NamedTuple):
 
     def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the norm's input, gamma and beta in the channels `kept`, from these alone."""
-        grad, output, input = self._flat()
-        if fused.compiles(grad):
+        if fused.compiles(self.grad_output):
             mean, invstd = (values.index_select(0, kept) for values in (self.mean, self.invstd))
-            given = (grad, input) if output is None else (grad, input, output)
-            formula = _masked_sums_of_kept if output is not None else _plain_sums_of_kept
-            found = fused.compiled(formula, *given, kept, mean, invstd)
+            formula = _plain_sums_of_kept if self.output is None else _masked_sums_of_kept
+            found = fused.compiled(formula, *self._flat(), kept, mean, invstd)
             sums = None if found is None else Sums(*found)
             gradient = None if sums is None else self._fused_gradient(sums, kept)
             if sums is not None and gradient is not None:
@@ -129,8 +129,7 @@ class NormBackward(NamedTuple):
 
     def _fused_gradient(self, sums: Sums, kept: Tensor) -> Tensor | None:
         """grad_input from the sums of the kept channels; None where formulas are not compiled."""
-        grad, output, input = self._flat()
-        if not fused.compiles(grad):
+        if not fused.compiles(self.grad_output):
             return None
         scale, invstd = (values.index_select(0, kept) for values in (self.scale, self.invstd))
         per_entry = scale / self.entries
@@ -140,10 +139,8 @@ class NormBackward(NamedTuple):
             per_entry * sums.grad,
             per_entry * invstd * sums.product,
         )
-        given = (grad, input) if output is None else (grad, input, output)
-        found = fused.compiled(
-            _masked_kept if output is not None else _plain_kept, *given, kept, *constants
-        )
+        formula = _plain_kept if self.output is None else _masked_kept
+        found = fused.compiled(formula, *self._flat(), kept, *constants)
         if found is None:
             return None
         n, *spatial = self.input.shape[0], *self.input.shape[2:]
@@ -153,12 +150,12 @@ class NormBackward(NamedTuple):
 
     def by_aten(self, kept: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As `backward`; with `grad`, the channels `kept` of grad_output, in place of grad_output."""
-        grad = _wide(take_channels(self.grad_output, kept) if grad is None else grad)
+        grad = wide(take_channels(self.grad_output, kept) if grad is None else grad)
         if self.output is not None:
-            grad = torch.ops.aten.threshold_backward(grad, _wide(take_channels(self.output, kept)), 0)
+            grad = torch.ops.aten.threshold_backward(grad, wide(take_channels(self.output, kept)), 0)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
             grad,
-            _wide(take_channels(self.input, kept)),
+            wide(take_channels(self.input, kept)),
             None if self.gamma is None else self.gamma[kept].to(self.mean.dtype),
             None,
             None,
@@ -178,17 +175,13 @@ def _flatten(tensor: Tensor, channels_last: bool) -> Tensor:
 # --- formulas: [N, C, positions] or [positions, C] and values per channel; float32 for half types ----
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def _over(values: Tensor, tensor: Tensor) -> Tensor:
     """Values per channel, so that they broadcast over `tensor`."""
     return values[:, None] if tensor.dim() == 3 else values
 
 
 def _plain_sums(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
-    grad, input = _wide(grad), _wide(input)
+    grad, input = wide(grad), wide(input)
     dims = [0, 2] if grad.dim() == 3 else [0]
     product = ((input - _over(mean, input)) * grad).sum(dims) * invstd
     return grad.sum(dims), product, grad.square().sum(dims)
@@ -220,7 +213,7 @@ def _masked_sums_of_kept(
 
 def _sums_by_aten(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
     """As `_plain_sums`, by the kernel that batch-norm's own backward is."""
-    grad, input = _wide(grad), _wide(input)
+    grad, input = wide(grad), wide(input)
     _, product, total = torch.ops.aten.native_batch_norm_backward(
         grad, input, None, None, None, mean, invstd, True, 0.0, [False, True, True]
     )
@@ -237,7 +230,7 @@ def _masked_sums_by_aten(
 def _plain_magnitudes(
     grad: Tensor, input: Tensor, mean: Tensor, shift: Tensor, slope: Tensor
 ) -> tuple[Tensor, ...]:
-    grad, input = _wide(grad), _wide(input)
+    grad, input = wide(grad), wide(input)
     dims = [0, 2] if grad.dim() == 3 else [0]
     centred = grad - _over(shift, grad) - (input - _over(mean, input)) * _over(slope, input)
     return (centred.abs().sum(dims),)
@@ -270,5 +263,5 @@ def _masked_kept(
 
 
 def _kept(grad: Tensor, input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor) -> Tensor:
-    scaled = _wide(grad) * _over(scale, grad) - _over(shift, grad)
-    return (scaled - (_wide(input) - _over(mean, input)) * _over(slope, input)).to(input.dtype)
+    scaled = wide(grad) * _over(scale, grad) - _over(shift, grad)
+    return (scaled - (wide(input) - _over(mean, input)) * _over(slope, input)).to(input.dtype)

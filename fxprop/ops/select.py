@@ -158,6 +158,11 @@ def channel_scores(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Te
     return summed_over_processes(scores.square() if keep.score == "l2" else scores)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """float32 in place of the half types, in which sums are too coarse."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
 def part_of(tensor: Tensor, fraction: float, dim: int = 0) -> Tensor:
     """The first `fraction` of `tensor` along `dim`, rounded up."""
     return tensor if fraction == 1 else tensor.narrow(dim, 0, math.ceil(fraction * tensor.shape[dim]))
