@@ -7,6 +7,7 @@
 from fxprop import ops
 from fxprop.backend import backend
 from fxprop.errors import FxpropError
+from fxprop.explain import explain
 from fxprop.inspect import code_diff
 from fxprop.ops.table import register_site
 from fxprop.policy import Policy, Rule
@@ -33,6 +34,7 @@ __all__ = [
     "backend",
     "code_diff",
     "estimate",
+    "explain",
     "layers",
     "load_policy",
     "measure",

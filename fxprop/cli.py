@@ -6,15 +6,18 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+from torch import nn
 
 from fxprop.cli_bench import add_bench
 from fxprop.cli_options import add_model_options, add_policy_options, on_model, policy_of
+from fxprop.diff_colours import as_html, for_terminal
 from fxprop.errors import CommandError, FxpropError
+from fxprop.explain import explain
 from fxprop.inspect import code_diff, generated_code
 from fxprop.plan import Site
 from fxprop.report.report import Report
@@ -30,6 +33,7 @@ examples:
   fxprop report hf:BertConfig --model-args '{"num_hidden_layers": 2}'
   fxprop layers mobilenet_v3_small
   fxprop code resnet18 --keep 0.1 --diff
+  fxprop explain resnet50 layer3.0.conv2 --keep 0.05
   fxprop bench resnet50 --keep 0.25 0.1 0.05 --preset fast
 """
 
@@ -82,22 +86,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fxprop {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    report = commands.add_parser("report", help="the backward FLOPs a policy saves, layer by layer")
-    add_model_options(report)
+    report = _command(commands, "report", "the backward FLOPs a policy saves, layer by layer", _report)
     add_policy_options(report)
     report.add_argument("--format", choices=("text", "markdown", "json", "csv", "html"), default="text")
-    report.set_defaults(run=_report)
 
-    listing = commands.add_parser("layers", help="every layer a policy can name, with its shapes")
-    add_model_options(listing)
-    listing.set_defaults(run=_layers)
+    _command(commands, "layers", "every layer a policy can name, with its shapes", _layers)
 
-    code = commands.add_parser("code", help="the generated code of the transformed model")
-    add_model_options(code)
+    code = _command(commands, "code", "the generated code of the transformed model", _code)
     add_policy_options(code)
-    code.add_argument("--diff", action="store_true", help="only what the rewrite changed")
-    code.set_defaults(run=_code)
+    code.add_argument("--diff", action="store_true", help="only what the rewrite changed, layer by layer")
+    code.add_argument("--format", choices=("text", "html"), default="text", help="html: of the --diff")
+
+    layer = _command(commands, "explain", "one layer: what was decided, why, and what it costs", _explain)
+    layer.add_argument("layer", metavar="LAYER", help="a name that `fxprop layers MODEL` lists")
+    add_policy_options(layer)
     add_bench(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], str]) -> Any:
+    """A command on a model, with those of the examples that show it."""
+    examples = [line for line in _EXAMPLES.splitlines() if line.startswith(f"  fxprop {name} ")]
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"Show {help}.",
+        epilog="\n".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -143,9 +161,30 @@ def _row(site: Site) -> list[Any]:
     ]
 
 
-def _code(args: argparse.Namespace) -> str:
+def _transformed(args: argparse.Namespace) -> nn.Module:
     policy = policy_of(args)
     transformed: Transformed = on_model(
         args, lambda model, *rest, **options: transform(model, policy, *rest, **options)
     )
-    return code_diff(transformed.module) if args.diff else generated_code(transformed.module)
+    return transformed.module
+
+
+def _code(args: argparse.Namespace) -> str:
+    if args.format == "html" and not args.diff:
+        raise CommandError("--format html shows a diff: add --diff")
+    gm = _transformed(args)
+    if not args.diff:
+        return generated_code(gm)
+    diff = code_diff(gm)
+    if args.format == "html":
+        return as_html(diff)
+    return for_terminal(diff) if _in_colour(args) else diff
+
+
+def _in_colour(args: argparse.Namespace) -> bool:
+    """Whether the reader is a terminal that was not asked to stay plain (no-color.org)."""
+    return args.output == "-" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _explain(args: argparse.Namespace) -> str:
+    return explain(_transformed(args), args.layer)

@@ -1,52 +1,175 @@
-"""Looking at a rewrite: the generated code before and after."""
+"""Looking at a rewrite: the generated code before and after, layer by layer."""
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
 from fxprop.frontends.module import TracedModule
+from fxprop.plan import Decision, Plan
 from fxprop.recipe import recipe_of
+
+_ASSIGNED = re.compile(r"\s*(\w+)\b[^=]*=")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Neighbouring lines of generated code that one layer's rewrite changed."""
+
+    # the layer; None where a line only frees a value earlier or later than before
+    decision: Decision | None
+    # how many lines stand before these, in the code before and after
+    skipped: tuple[int, int]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As a hunk of a unified diff without context."""
+        lines = [f"-{line}" for line in self.before] + [f"+{line}" for line in self.after]
+        sizes = (len(self.before), len(self.after))
+        # the position of no lines is that of the line before them (POSIX diff)
+        old, new = (
+            f"{skipped + (size > 0)},{size}" for skipped, size in zip(self.skipped, sizes, strict=True)
+        )
+        heading = f" {described(self.decision)}" if self.decision else ""
+        return "\n".join([f"@@ -{old} +{new} @@{heading}", *lines, ""])
+
+
+def described(decision: Decision) -> str:
+    """The layer, its decision and its source: "conv1: 3 of 64 channels, with batch_norm (net.py:12)"."""
+    text = f"{decision.site.name}: {decision.reason or decision.status}"
+    if decision.sparsity is not None:
+        unit = "channels" if decision.sparsity.select == "channel" else "elements"
+        text = f"{decision.site.name}: {decision.sparsity.k} of {decision.sparsity.n} {unit}"
+    if decision.region is not None:
+        text += f", with {decision.region.label}"
+    return f"{text} ({decision.site.source})" if decision.site.source else text
 
 
 def code_diff(gm: nn.Module) -> str:
-    """A unified diff of the generated code before and after the rewrite.
+    """A unified diff of the generated code before and after the rewrite, one hunk per layer.
 
     >>> print(fxprop.code_diff(gm))
     --- ResNet before
     +++ ResNet after
-    ...
+    @@ -2,1 +2,2 @@ conv1: 3 of 64 channels (torchvision/models/resnet.py:268)
     -    conv1 = self.conv1(x);  x = None
     +    conv1_weight = self.conv1.weight
     +    conv1 = fxprop_ops_conv2d(x, conv1_weight, None, stride = (7, 7), ..., k = 3, ...
 
-    Empty if nothing was rewritten. For the mode (train or eval) the module is in. Raises ModelError for
-    a module that does not come from `fxprop.transform`.
+    A module traced in parts has a file header for each part. The heading of a hunk names the layer, what
+    it keeps and the line of the model's code. `patch` turns the code before,
+    `fxprop.restore(gm).code.strip()`, into the code after. Empty if nothing was rewritten. For the mode
+    (train or eval) the module is in. Raises ModelError for a module that does not come from
+    `fxprop.transform`.
     """
-    recipe_of(gm)
-    parts = [_diff(path, module) for path, module in gm.named_modules() if isinstance(module, TracedModule)]
+    parts = []
+    for path, changes in code_changes(gm).items():
+        name = path or type(gm).__name__
+        parts.append(f"--- {name} before\n+++ {name} after\n" + "".join(map(str, changes)))
     return "".join(parts)
 
 
-def _diff(path: str, module: TracedModule) -> str:
-    name = path or type(module).__name__
-    before, after = (
-        graphs[module.training].python_code("self").src
-        for graphs in (module.fx_graphs_before, module.fx_graphs)
+def code_changes(gm: nn.Module) -> dict[str, tuple[Change, ...]]:
+    """What `code_diff` shows, as records: path of the traced module -> its changes; no path without any."""
+    plans = recipe_of(gm).plans
+    found = {}
+    for path, module in _traced(gm):
+        mode = module.training if module.training in plans else not module.training
+        changes = tuple(_changes(module, path, plans[mode]))
+        if changes:
+            found[path] = changes
+    return found
+
+
+def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
+    """The lines before the rewrite that belong to a site; none if it is not a node of a graph."""
+    module = dict(_traced(gm)).get(decision.site.graph)
+    if module is None:
+        return ()
+    nodes = {decision.site.node}
+    return tuple(
+        line for line in _code(module.fx_graphs_before[module.training]) if _assigned(line) in nodes
     )
-    lines = difflib.unified_diff(
-        before.strip().splitlines(keepends=True),
-        after.strip().splitlines(keepends=True),
-        f"{name} before",
-        f"{name} after",
-    )
-    return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
 def generated_code(gm: nn.Module) -> str:
     """The generated code of every traced module, each under a comment with its name."""
-    traced = [(path, m) for path, m in gm.named_modules() if isinstance(m, TracedModule)]
+    traced = _traced(gm)
     if [path for path, _ in traced] == [""]:
         return str(traced[0][1].code).strip()
     return "\n\n".join(f"# {path or type(m).__name__}\n{m.code.strip()}" for path, m in traced)
+
+
+def _traced(gm: nn.Module) -> list[tuple[str, TracedModule]]:
+    return [(path, m) for path, m in gm.named_modules() if isinstance(m, TracedModule)]
+
+
+def _code(graph: fx.Graph) -> list[str]:
+    return str(graph.python_code("self").src).strip().splitlines()
+
+
+def _assigned(line: str) -> str | None:
+    """The name of the node that a line of generated code computes."""
+    match = _ASSIGNED.match(line)
+    return match[1] if match else None
+
+
+def _changes(module: TracedModule, path: str, plan: Plan) -> Iterator[Change]:
+    before, after = (graphs[module.training] for graphs in (module.fx_graphs_before, module.fx_graphs))
+    owners = _owners(after, [d for d in plan.rewritten if d.site.graph == path and d.site.is_node])
+    old, new = _code(before), _code(after)
+    # autojunk would take lines that occur often for noise
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag != "equal":
+            yield from _by_layer(_runs(old[i1:i2], owners), _runs(new[j1:j2], owners), (i1, j1))
+
+
+def _owners(after: fx.Graph, decisions: Sequence[Decision]) -> dict[str, Decision]:
+    """The decision that each node's line belongs to, by the node's name."""
+    owners = {}
+    for decision in decisions:
+        behind = decision.region.nodes if decision.region else ()
+        owners.update(dict.fromkeys((decision.site.node, *behind), decision))
+    for node in reversed(after.nodes):
+        # weights and the like are fetched for the layer that reads them
+        reader = next((user.name for user in node.users if user.name in owners), None)
+        if reader and (node.op == "get_attr" or node.target is getattr):
+            owners.setdefault(node.name, owners[reader])
+    return owners
+
+
+_Run = tuple[Decision | None, list[str]]
+
+
+def _runs(lines: Sequence[str], owners: Mapping[str, Decision]) -> list[_Run]:
+    """Neighbouring lines of one owner together."""
+    runs: list[_Run] = []
+    for line in lines:
+        owner = owners.get(_assigned(line) or "")
+        if runs and runs[-1][0] is owner:
+            runs[-1][1].append(line)
+        else:
+            runs.append((owner, [line]))
+    return runs
+
+
+def _by_layer(old: list[_Run], new: list[_Run], skipped: tuple[int, int]) -> Iterator[Change]:
+    """Both sides of a change, which come in the same order, layer by layer."""
+    change = Change(None, skipped)
+    while old or new:
+        to_come = [owner for owner, _ in new]
+        if old and (not new or old[0][0] is new[0][0] or old[0][0] not in to_come):
+            owner = old[0][0]
+        else:
+            owner = new[0][0]
+        before = old.pop(0)[1] if old and old[0][0] is owner else []
+        after = new.pop(0)[1] if new and new[0][0] is owner else []
+        change = replace(change, decision=owner, before=tuple(before), after=tuple(after))
+        yield change
+        done, made = change.skipped
+        change = replace(change, skipped=(done + len(before), made + len(after)))

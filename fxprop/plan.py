@@ -67,6 +67,13 @@ class Region:
     # graph nodes behind the layer's own; the last one gives the region's output
     nodes: tuple[str, ...]
 
+    @property
+    def label(self) -> str:
+        """What the layer is rewritten with: "batch_norm + relu"."""
+        return " + ".join(
+            [*(["batch_norm"] if self.norm else []), *([self.activation] if self.activation else [])]
+        )
+
 
 @dataclass(frozen=True)
 class Site:

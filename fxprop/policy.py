@@ -112,19 +112,22 @@ class Rule:
 
     def matches(self, site: Site) -> bool:
         """Whether all conditions hold for `site`."""
-        base = site.name.partition("#")[0]
-        names = (site.name, base)
+        return self.failing(site) is None
+
+    def failing(self, site: Site) -> str | None:
+        """The first condition that does not hold for `site`; None if all hold."""
+        names = (site.name, site.name.partition("#")[0])
         if self.name is not None and not any(fnmatch.fnmatchcase(n, self.name) for n in names):
-            return False
+            return "name"
         if self.regex is not None and not any(re.fullmatch(self.regex, n) for n in names):
-            return False
+            return "regex"
         if self.type is not None and self.type != site.op and self.type not in site.types:
-            return False
+            return "type"
         if self.position == "first" and not site.is_first:
-            return False
+            return "position"
         if self.position == "output" and not site.is_output:
-            return False
-        return self.where is None or bool(self.where(site))
+            return "position"
+        return None if self.where is None or self.where(site) else "where"
 
     def conditions(self) -> str:
         """The conditions as text: "name='layer4.*', type='Conv2d'"."""

@@ -62,7 +62,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         n=sparsity.n if sparsity else None,
         source=site.source,
         graph=site.graph,
-        region=_region(decision),
+        region=decision.region.label if decision.region else None,
         weight_grad=sparsity.weight_grad if sparsity else None,
         chain=sparsity.chain.upstream if sparsity and sparsity.chain else None,
     )
@@ -96,18 +96,6 @@ def _chained(grad_input: int, chain: Chain, batch: int) -> int:
     whole = math.ceil(chain.score_fraction * batch)
     rest = grad_input * (batch - whole) // batch
     return grad_input - rest + rest * chain.k // chain.n
-
-
-def _region(decision: Decision) -> str | None:
-    if decision.region is None:
-        return None
-    region = decision.region
-    return " + ".join(
-        [
-            *(["batch_norm"] if region.norm else []),
-            *([region.activation or ""] if region.activation else []),
-        ]
-    )
 
 
 def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
