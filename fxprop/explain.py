@@ -29,7 +29,7 @@ def explain(gm: nn.Module, layer: str) -> str:
     that does not come from `fxprop.transform`.
     """
     recipe = recipe_of(gm)
-    plan = recipe.plans[gm.training if gm.training in recipe.plans else not gm.training]
+    plan = recipe.plans[recipe.mode(gm.training)]
     decisions = {decision.site.name: decision for decision in plan.decisions}
     if layer not in decisions:
         near = difflib.get_close_matches(layer, decisions, cutoff=0.4) or list(decisions)[:3]

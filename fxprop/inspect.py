@@ -76,11 +76,11 @@ def code_diff(gm: nn.Module) -> str:
 
 def code_changes(gm: nn.Module) -> dict[str, tuple[Change, ...]]:
     """What `code_diff` shows, as records: path of the traced module -> its changes; no path without any."""
-    plans = recipe_of(gm).plans
+    recipe = recipe_of(gm)
     found = {}
     for path, module in _traced(gm):
-        mode = module.training if module.training in plans else not module.training
-        changes = tuple(_changes(module, path, plans[mode]))
+        plan = recipe.plans[recipe.mode(module.training)]
+        changes = tuple(_changes(module, path, plan))
         if changes:
             found[path] = changes
     return found

@@ -60,9 +60,13 @@ class Recipe:
             return decision
         return Decision(decision.site, "dense", reason, decided_by="tune")
 
+    def mode(self, training: bool) -> bool:
+        """The mode whose plan serves that one: itself, or the other where they share a graph."""
+        return training if training in self.plans else not training
+
     def report(self, training: bool) -> Report:
         """The report on the present plan for that mode."""
-        mode = training if training in self.plans else not training
+        mode = self.mode(training)
         return make_report(
             self.plans[mode],
             self.backward_flops[mode],
