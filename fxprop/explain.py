@@ -122,8 +122,7 @@ def _gradients(of: Gradients) -> str:
 
 
 def _code(gm: nn.Module, decision: Decision) -> Sequence[str]:
-    changes = code_changes(gm).get(decision.site.graph, ())
-    of_layer = [change for change in changes if change.decision == decision]
+    of_layer = [change for change in code_changes(gm) if change.decision == decision]
     if of_layer:
         return [
             "  code before",

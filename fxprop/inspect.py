@@ -61,29 +61,24 @@ def code_diff(gm: nn.Module) -> str:
     +    conv1_weight = self.conv1.weight
     +    conv1 = fxprop_ops_conv2d(x, conv1_weight, None, stride = (7, 7), ..., k = 3, ...
 
-    A module traced in parts has a file header for each part. The heading of a hunk names the layer, what
-    it keeps and the line of the model's code. `patch` turns the code before,
-    `fxprop.restore(gm).code.strip()`, into the code after. Empty if nothing was rewritten. For the mode
-    (train or eval) the module is in. Raises ModelError for a module that does not come from
-    `fxprop.transform`.
+    The heading of a hunk names the layer, what it keeps and the line of the model's code. `patch` turns the
+    code before, `generated_code(fxprop.restore(gm))`, into the code after, which for a module traced in
+    parts is that of all of them. Empty if nothing was rewritten. For the mode (train or eval) the module is
+    in. Raises ModelError for a module that does not come from `fxprop.transform`.
     """
-    parts = []
-    for path, changes in code_changes(gm).items():
-        name = path or type(gm).__name__
-        parts.append(f"--- {name} before\n+++ {name} after\n" + "".join(map(str, changes)))
-    return "".join(parts)
+    hunks = "".join(map(str, code_changes(gm)))
+    name = type(gm).__name__
+    return f"--- {name} before\n+++ {name} after\n{hunks}" if hunks else ""
 
 
-def code_changes(gm: nn.Module) -> dict[str, tuple[Change, ...]]:
-    """What `code_diff` shows, as records: path of the traced module -> its changes; no path without any."""
+def code_changes(gm: nn.Module) -> tuple[Change, ...]:
+    """The hunks of `code_diff` as records, in the order of the code."""
     recipe = recipe_of(gm)
-    found = {}
-    for path, module in _traced(gm):
-        plan = recipe.plans[recipe.mode(module.training)]
-        changes = tuple(_changes(module, path, plan))
-        if changes:
-            found[path] = changes
-    return found
+    changes: list[Change] = []
+    for section in _sections(gm):
+        plan = recipe.plans[recipe.mode(section.module.training)]
+        changes += _changes(section, plan)
+    return tuple(changes)
 
 
 def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
@@ -98,19 +93,77 @@ def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
 
 
 def generated_code(gm: nn.Module) -> str:
-    """The generated code of every traced module, each under a comment with its name."""
+    """The generated code; of a module traced in parts, each part's under a comment with its name."""
+    return "\n".join(line for section in _sections(gm) for line in (*section.heading, *section.after))
+
+
+@dataclass(frozen=True)
+class _Section:
+    """The code of one traced module, as `generated_code` has it."""
+
+    path: str
+    module: TracedModule
+    # lines between the section before and this one's code
+    heading: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    # how many lines stand before the code, before and after the rewrite
+    skipped: tuple[int, int]
+
+
+def _sections(gm: nn.Module) -> Iterator[_Section]:
+    skipped = (0, 0)
     traced = _traced(gm)
-    if [path for path, _ in traced] == [""]:
-        return str(traced[0][1].code).strip()
-    return "\n\n".join(f"# {path or type(m).__name__}\n{m.code.strip()}" for path, m in traced)
+    for path, module in traced:
+        heading: tuple[str, ...] = ()
+        if [path for path, _ in traced] != [""]:
+            heading = (*([""] if skipped != (0, 0) else []), f"# {path or type(module).__name__}")
+        before, after = (
+            _code(graphs[module.training]) for graphs in (module.fx_graphs_before, module.fx_graphs)
+        )
+        skipped = (skipped[0] + len(heading), skipped[1] + len(heading))
+        yield _Section(path, module, heading, before, after, skipped)
+        skipped = (skipped[0] + len(before), skipped[1] + len(after))
 
 
 def _traced(gm: nn.Module) -> list[tuple[str, TracedModule]]:
     return [(path, m) for path, m in gm.named_modules() if isinstance(m, TracedModule)]
 
 
-def _code(graph: fx.Graph) -> list[str]:
-    return str(graph.python_code("self").src).strip().splitlines()
+def op_counts(gm: nn.Module) -> dict[str, tuple[int, int]]:
+    """How often each operation stands in the graphs before and after the rewrite.
+
+    >>> op_counts(gm)["fxprop.ops.conv2d"]
+    (0, 20)
+
+    A module that is called counts by its class ("Conv2d"), a function by its name. Reading attributes and
+    arguments is no operation. For the mode (train or eval) that the module is in.
+    """
+    counts: dict[str, list[int]] = {}
+    for _, module in _traced(gm):
+        for side, graphs in enumerate((module.fx_graphs_before, module.fx_graphs)):
+            for node in graphs[module.training].nodes:
+                name = _operation(module, node)
+                if name is not None:
+                    counts.setdefault(name, [0, 0])[side] += 1
+    return {name: (before, after) for name, (before, after) in sorted(counts.items())}
+
+
+def _operation(module: nn.Module, node: fx.Node) -> str | None:
+    """What a node does, by its name; None for one that only fetches something."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if node.op != "call_function" or node.target is getattr or isinstance(node.target, str):
+        return None
+    name = getattr(node.target, "__name__", str(node.target))
+    of = getattr(node.target, "__module__", None)
+    return f"{of}.{name}" if of and of.startswith("fxprop") else name
+
+
+def _code(graph: fx.Graph) -> tuple[str, ...]:
+    return tuple(str(graph.python_code("self").src).strip().splitlines())
 
 
 def _assigned(line: str) -> str | None:
@@ -119,14 +172,16 @@ def _assigned(line: str) -> str | None:
     return match[1] if match else None
 
 
-def _changes(module: TracedModule, path: str, plan: Plan) -> Iterator[Change]:
-    before, after = (graphs[module.training] for graphs in (module.fx_graphs_before, module.fx_graphs))
-    owners = _owners(after, [d for d in plan.rewritten if d.site.graph == path and d.site.is_node])
-    old, new = _code(before), _code(after)
+def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
+    graph = section.module.fx_graphs[section.module.training]
+    owners = _owners(graph, [d for d in plan.rewritten if d.site.graph == section.path and d.site.is_node])
+    old, new = section.before, section.after
+    above, below = section.skipped
     # autojunk would take lines that occur often for noise
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if tag != "equal":
-            yield from _by_layer(_runs(old[i1:i2], owners), _runs(new[j1:j2], owners), (i1, j1))
+            at = (above + i1, below + j1)
+            yield from _by_layer(_runs(old[i1:i2], owners), _runs(new[j1:j2], owners), at)
 
 
 def _owners(after: fx.Graph, decisions: Sequence[Decision]) -> dict[str, Decision]:

@@ -261,7 +261,8 @@ def test_timm_and_transformers(capsys, tmp_path):
     assert code == 0
     assert out.startswith("BertForMaskedLM:")
     code, out, _ = run(capsys, "code", f"hf:{tmp_path}", "--diff")
-    assert "--- bert.encoder.layer.0.attention.self.query before" in out
+    assert out.startswith("--- BertForMaskedLM before")
+    assert "@@ bert.encoder.layer.0.attention.self.query: " in out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import fxprop
 from fxprop import cli
 from fxprop.diff_colours import as_html, for_terminal
 from fxprop.errors import ModelError, ReportError
-from fxprop.inspect import code_changes, generated_code
+from fxprop.inspect import code_changes, generated_code, op_counts
 
 X = torch.empty(4, 3, 8, 8)
 HEADING = re.compile(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@ ?(.*)")
@@ -104,7 +104,7 @@ def test_every_changed_line_of_a_hunk_is_the_layers():
     import torchvision
 
     gm = transformed(torchvision.models.resnet18())
-    (changes,) = code_changes(gm).values()
+    changes = code_changes(gm)
     names = [change.decision.site.name for change in changes]
     layers = [layer for layer in fxprop.layers(torchvision.models.resnet18(), (X,)) if not layer.is_output]
     assert names == [layer.name for layer in layers]
@@ -114,15 +114,33 @@ def test_every_changed_line_of_a_hunk_is_the_layers():
         assert re.search(r"resnet\.py:\d+\)$", str(change).splitlines()[0])
 
 
-def test_parts_with_graphs_of_their_own_have_a_file_header_each():
+def test_the_code_of_parts_is_one_text_for_patch():
+    """Line numbers count through all parts, so that one file holds them."""
     gm = transformed(Untraceable())
+    before, after = generated_code(fxprop.restore(gm)), generated_code(gm)
+    assert re.findall("^# (.*)$", after, re.MULTILINE) == ["a", "b"]
     diff = fxprop.code_diff(gm)
-    assert re.findall(r"^--- (.*)$", diff, re.MULTILINE) == ["a before", "b before"]
+    assert re.findall(r"^--- (.*)$", diff, re.MULTILINE) == ["Untraceable before"]
+    assert len(HEADING.findall(diff)) == 3
+    assert applied(diff, before) == after
 
 
 def test_nothing_rewritten_no_diff():
     assert fxprop.code_diff(transformed(keep=1.0)) == ""
     assert for_terminal("") == ""
+
+
+def test_operations_before_and_after():
+    counts = op_counts(transformed(score="l2"))
+    assert counts["Conv2d"] == (2, 0)
+    assert counts["fxprop.ops.conv_batch_norm"] == (0, 1)
+    assert counts["fxprop.ops.conv2d"] == (0, 1)
+    assert counts["BatchNorm2d"] == counts["ReLU"] == (1, 0)
+    assert counts["Linear"] == counts["Flatten"] == (1, 1)
+    assert "getattr" not in counts
+    dense = op_counts(transformed(keep=1.0))
+    assert all(before == after for before, after in dense.values())
+    assert op_counts(transformed(Untraceable()))["fxprop.ops.linear_activation"] == (0, 1)
 
 
 def test_a_model_that_was_not_transformed():

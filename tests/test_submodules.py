@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import fxprop
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends.module import TracedModule
 from fxprop.graph.rewrite import is_rewritten
+from fxprop.inspect import generated_code
 
 
 @dataclass
@@ -191,9 +193,9 @@ def test_the_model_given_is_left_alone():
 
 def test_code_and_diff_are_grouped_by_module():
     _, gm, _ = made()
-    diff = fxprop.code_diff(gm)
-    assert diff.startswith("--- blocks.0 before\n+++ blocks.0 after\n")
-    assert "--- blocks.1 before" in diff
+    assert re.findall("^# (.*)$", generated_code(gm), re.MULTILINE) == ["blocks.0", "blocks.1", "head"]
+    layers = re.findall("^@@ .* @@ (.*?):", fxprop.code_diff(gm), re.MULTILINE)
+    assert layers == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert "sparse products: w: 3/6 channel" in repr(gm)
 
 

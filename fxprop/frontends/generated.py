@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 
 def is_generated(cls: type) -> bool:
@@ -33,3 +33,14 @@ def in_place_of(cls: type[nn.Module], generated: type[nn.Module]) -> type[nn.Mod
         tops[cls.__name__] = type(cls.__name__, bases, own)
         generated._tops = tops  # type: ignore[attr-defined]
     return tops[cls.__name__]
+
+
+def imports_of(graph: fx.Graph) -> list[str]:
+    """The import lines for the functions and classes that the graph's code calls by a name of its own."""
+    lines = []
+    for name, value in graph.python_code("self").globals.items():
+        module, own_name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+        # fx itself writes the imports for torch, device and the like
+        if module not in (None, "builtins", "torch") and own_name:
+            lines.append(f"from {module} import {own_name} as {name}")
+    return lines

@@ -9,15 +9,17 @@ instance of the class it was traced from, with its methods; so its own names beg
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from fxprop.errors import ModelError, TraceError
-from fxprop.frontends.generated import generated_class, in_place_of, sibling
+from fxprop.frontends.generated import generated_class, imports_of, in_place_of, sibling
 from fxprop.frontends.hooks import registries
 from fxprop.frontends.tree import copy_tree
 
@@ -192,6 +194,16 @@ class TracedModule(fx.GraphModule):
     def fx_untraced(self) -> str:
         """Why one mode has no graph; empty if both have."""
         return self._fx_untraced
+
+    def to_folder(self, folder: str | os.PathLike[str], module_name: str = "FxModule") -> None:
+        """Write the code and the state as a package, as GraphModule does, with the imports that it needs.
+
+        The package has the graph of the mode (train or eval) the module is in.
+        """
+        super().to_folder(folder, module_name)
+        file = Path(folder) / "module.py"
+        code = file.read_text(encoding="utf-8")
+        file.write_text("\n".join([*imports_of(self._graph), code]), encoding="utf-8")
 
     def train(self, mode: bool = True) -> TracedModule:
         """Set train or eval mode, and the graph that belongs to it."""

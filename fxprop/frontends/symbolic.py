@@ -25,6 +25,7 @@ from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
 from fxprop.frontends.leaves import SITE_MODULES
 from fxprop.frontends.module import Graphs, TracedModule, copy_graphs
+from fxprop.frontends.source import users_stack
 from fxprop.frontends.tree import copy_tree
 from fxprop.ops.table import registered_classes
 
@@ -121,7 +122,10 @@ class SiteTracer(fx.Tracer):
                 "code inside torch.no_grad(), torch.autocast(), torch.utils.checkpoint or hooks on saved "
                 "tensors cannot be kept in an fx graph"
             )
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.stack_trace is not None:
+            node.stack_trace = users_stack(node.stack_trace)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self._leaf_types) or module_qualified_name in self._leaf_names:

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from fxprop.frontends.dynamo import module_in_stack
 from fxprop.frontends.leaves import IS_MODULE, is_users
-from fxprop.graph.site import Context, call_name, source_line, with_shapes
+from fxprop.frontends.source import source_line
+from fxprop.graph.site import Context, call_name, with_shapes
 from fxprop.ops import table
 from fxprop.plan import Call, Operand, Site
 
@@ -52,7 +53,7 @@ def read_product(context: Context, node: fx.Node, product: table.Product) -> Sit
         node=node.name,
         graph=context.path,
         types=() if parameter is None else _types(context, parameter, node),
-        source=source_line(node),
+        source=source_line(node.stack_trace),
     )
     if not isinstance(product.input, fx.Node) or not isinstance(weight, fx.Node):
         return replace(site, skip="input or weight is a constant of the graph")
@@ -138,7 +139,7 @@ def _opaque(context: Context, node: fx.Node) -> Site | None:
         node=node.name,
         graph=context.path,
         skip=reason,
-        source=source_line(node),
+        source=source_line(node.stack_trace),
     )
 
 

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from fxprop.frontends.leaves import DENSE_MODULES, SITE_MODULES, holds_matrices, unsafe
 from fxprop.frontends.record import tensor_info
+from fxprop.frontends.source import source_line
 from fxprop.graph.functions import type_names
-from fxprop.graph.site import Context, own_tensor, source_line, with_shapes
+from fxprop.graph.site import Context, own_tensor, with_shapes
 from fxprop.ops.table import read_module, registered_classes
 from fxprop.plan import Call, Operand, Site
 
@@ -27,7 +28,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
     base = next((cls for cls in SITE_MODULES if isinstance(module, cls)), None)
     if base is None or name in context.reasons:
         reason = context.reasons.get(name)
-        return opaque_module(name, module, node.name, context.path, source_line(node), reason)
+        return opaque_module(name, module, node.name, context.path, source_line(node.stack_trace), reason)
     op, attributes = SITE_MODULES[base]
     site = Site(
         name=name,
@@ -35,7 +36,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
         node=node.name,
         graph=context.path,
         types=type_names(type(module)),
-        source=source_line(node),
+        source=source_line(node.stack_trace),
     )
     reason = unsafe(module) or _unusual_call(node)
     if reason is not None:
@@ -62,7 +63,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
 def _registered(context: Context, node: fx.Node, name: str, module: nn.Module) -> Site | None:
     product = read_module(module, node.args, node.kwargs)
     if product is None:
-        return opaque_module(name, module, node.name, context.path, source_line(node))
+        return opaque_module(name, module, node.name, context.path, source_line(node.stack_trace))
 
     def operand(value: Any) -> Operand | None:
         if isinstance(value, str):
@@ -76,7 +77,7 @@ def _registered(context: Context, node: fx.Node, name: str, module: nn.Module) -
         node=node.name,
         graph=context.path,
         types=type_names(type(module)),
-        source=source_line(node),
+        source=source_line(node.stack_trace),
     )
     if input_ is None or weight is None:
         return replace(site, skip="its registered reader names no input or weight")

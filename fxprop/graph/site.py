@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -152,17 +151,3 @@ def call_name(target: Callable[..., Any] | str) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", target))
-
-
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-
-
-def source_line(node: fx.Node) -> str | None:
-    """The innermost line of the recorded stack that is not torch's own."""
-    trace = node.meta.get("stack_trace")
-    frames = [
-        f
-        for f in _FRAME.finditer(trace or "")
-        if not any(part in f["file"] for part in ("/torch/nn/", "/torch/fx/", "/fxprop/frontends/"))
-    ]
-    return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else None
