@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 import fxprop
 
@@ -18,7 +18,10 @@ import fxprop
 def measured_backward(module, *inputs):
     """What torch's counter sees when the module's backward really runs."""
     outputs = module(*inputs)
-    with FlopCounterMode(display=False) as counter:
+    # torch's own table has the CPU's fused attention only from 2.15 on
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {attention: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         outputs.sum().backward()
     return counter.get_total_flops()
 

@@ -36,7 +36,22 @@ def _grouped_mm_flops(mat_a: Any, mat_b: Any, *_: Any, out_shape: Any = None, **
     return int(2 * rows * contracted * mat_b[-1])
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """query @ key.T and scores @ value, for query [N, heads, L, E], key [N, _, S, E], value [N, _, S, E_v]."""
+    return int(2 * math.prod(query[:3]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _attention_backward_flops(
+    grad_output: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Scores again, and two products for each of the forward's, as torch counts its GPU kernels."""
+    return int(2 * math.prod(query[:3]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
+
+
 FORMULAS = {
     torch.ops.aten.convolution_backward: _conv_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    # in torch's own table only from 2.15 on
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
