@@ -6,6 +6,7 @@
 
 from fxprop import ops
 from fxprop.backend import backend
+from fxprop.dump import dump
 from fxprop.errors import FxpropError
 from fxprop.explain import explain
 from fxprop.inspect import code_diff
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "backend",
     "code_diff",
+    "dump",
     "estimate",
     "explain",
     "layers",

@@ -5,47 +5,54 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
+import shtab
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxprop.cli_options import add_model_options, add_policy_options, on_model, policy_of
+from fxprop.cli_options import (
+    add_model_options,
+    add_policy_options,
+    add_tune_cache,
+    command,
+    completed_by,
+    on_model,
+    policy_of,
+    positive,
+    shows_progress,
+)
 from fxprop.errors import CommandError
 from fxprop.policy import Policy
 from fxprop.train.measure import measure
 from fxprop.train.measurement import Measurement
 from fxprop.train.plot import plot
 
-_EXAMPLES = """\
-examples:
-  fxprop bench resnet50 --keep 0.25 0.1 0.05
-  fxprop bench resnet50 --preset fast --sites
-  fxprop bench mobilenet_v3_large --tune --tune-cache tune.json
-  fxprop bench resnet18 vit_b_16 --keep 0.5 0.25 0.1 0.05 --plot speed.svg
-  fxprop bench resnet50 --device cuda --amp bfloat16 --channels-last --compile --input 256x3x224x224
-"""
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_bench(commands: Any) -> None:
     """Add the command to the parser's subcommands."""
-    bench = commands.add_parser(
+    bench = command(
+        commands,
         "bench",
-        help="training steps on the clock, dense against transformed",
-        description="Time training steps, dense and transformed in turn in one process: medians over the "
-        "rounds, ratios to dense with their quartiles.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "time training steps, dense and transformed in turn: medians, and ratios with their quartiles",
+        """
+        fxprop bench resnet50 --keep 0.25 0.1 0.05
+        fxprop bench resnet50 --preset fast --sites
+        fxprop bench mobilenet_v3_large --tune --tune-cache tune.json
+        fxprop bench resnet18 vit_b_16 --keep 0.5 0.25 0.1 0.05 --plot speed.svg
+        fxprop bench resnet50 --device cuda --amp bfloat16 --channels-last --compile --input 256x3x224x224
+        """,
+        _bench,
     )
     add_model_options(bench, several=True)
     add_policy_options(bench, several=True)
-    bench.add_argument("--rounds", type=_positive, default=10, help="timed steps per variant (default 10)")
+    bench.add_argument("--rounds", type=positive, default=10, help="timed steps per variant (default 10)")
     bench.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    bench.add_argument("--threads", type=_positive, help="of the CPU (default: torch's choice)")
+    bench.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
     bench.add_argument("--amp", choices=tuple(_AMP), help="run under autocast")
     bench.add_argument("--channels-last", action="store_true", help="model and images in channels_last")
     bench.add_argument("--compile", action="store_true", help="everything through torch.compile")
@@ -53,18 +60,10 @@ def add_bench(commands: Any) -> None:
     bench.add_argument(
         "--tune", action="store_true", help="leave dense every layer that measures no faster"
     )
-    bench.add_argument("--tune-cache", metavar="FILE", help="JSON file to keep the timings of --tune in")
+    add_tune_cache(bench)
     bench.add_argument("--format", choices=("text", "markdown", "json"), default="text")
-    bench.add_argument("--plot", metavar="FILE", help="backward time over keep, .svg or .png")
-    bench.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    bench.set_defaults(run=_bench)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    picture = bench.add_argument("--plot", metavar="FILE", help="backward time over keep, .svg or .png")
+    completed_by(picture, shtab.FILE)
 
 
 def _bench(args: argparse.Namespace) -> str:
@@ -115,7 +114,7 @@ def _measure(
         sites=args.sites,
         tuned=args.tune,
         cache=args.tune_cache,
-        progress=not args.quiet and sys.stderr.isatty(),
+        progress=shows_progress(args),
         **rest,
     )
     return replace(measurement, model=name)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+
+import shtab
 
 from fxprop.checks import FRONTENDS
 from fxprop.errors import CommandError, ValuesNeededError
@@ -14,20 +18,42 @@ from fxprop.ops.select import score_names
 from fxprop.plan import SELECTS, WEIGHT_GRADS, WHENS
 from fxprop.policy import Policy
 from fxprop.policy_files import load_policy
+from fxprop.progress import stage
+from fxprop.transform import Transformed, transform
 
 _DEFAULT_KEEP = 0.05
 _PRESETS: dict[str, Callable[..., Policy]] = {"exact": Policy, "fast": Policy.fast}
 
 
+# shell functions that `fxprop completion` defines
+MODELS = {"bash": "_fxprop_models", "zsh": "_fxprop_models"}
+
+
+def command(
+    commands: Any, name: str, does: str, examples: str, run: Callable[[argparse.Namespace], Any]
+) -> argparse.ArgumentParser:
+    """A subcommand that `does` something, with examples, one per line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}.",
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """MODEL and how to load it, and where the output goes."""
-    parser.add_argument(
+    model = parser.add_argument(
         "model",
         nargs="+" if several else None,
         metavar="MODEL",
         help="torchvision name, timm:NAME, hf:NAME (a directory, or a configuration's or model's class), "
         "package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
     )
+    completed_by(model, MODELS)
     parser.add_argument(
         "--input",
         action="append",
@@ -37,9 +63,10 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
         """named ones as JSON, '{"input_ids": "8x128:int64"}' (default: the model's own)""",
     )
     parser.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory")
-    parser.add_argument(
+    weights = parser.add_argument(
         "--weights", metavar="NAME|FILE", help="torchvision weights, .safetensors or .pth file"
     )
+    completed_by(weights, shtab.FILE)
     parser.add_argument(
         "--frontend", choices=FRONTENDS, default="auto", help="how to get graphs (default: auto)"
     )
@@ -49,8 +76,30 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     parser.add_argument(
         "--unsafe-pickle", action="store_true", help="load a pickled model; runs code from the file"
     )
-    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="default: standard output")
+    add_output_options(parser)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Where the output goes, and what else is written."""
+    output = parser.add_argument(
+        "-o", "--output", default="-", metavar="FILE", help="default, and -: standard output"
+    )
+    completed_by(output, shtab.FILE)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def completed_by(action: argparse.Action, kind: Mapping[str, Any]) -> None:
+    """Say what a shell completes an argument with; shtab reads it there."""
+    action.complete = kind  # type: ignore[attr-defined]
+
+
+def positive(text: str) -> int:
+    """An option's value: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -75,9 +124,23 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     )
     parser.add_argument("--select", help=f"one of {', '.join(SELECTS)}")
     parser.add_argument("--score", help=f"one of {', '.join(score_names())}")
-    parser.add_argument(
+    file = parser.add_argument(
         "--policy", metavar="FILE", help=".toml or .json; the options above override its defaults"
     )
+    completed_by(file, shtab.FILE)
+
+
+def add_tune_cache(parser: argparse.ArgumentParser) -> None:
+    """Where timings of --tune are kept."""
+    cache = parser.add_argument(
+        "--tune-cache", metavar="FILE", help="JSON file to keep the timings of --tune in"
+    )
+    completed_by(cache, shtab.FILE)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether somebody sees progress and has not declined it."""
+    return not args.quiet and sys.stderr.isatty()
 
 
 def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
@@ -104,6 +167,15 @@ def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
     return replace(policy, **given)
 
 
+def transformed(args: argparse.Namespace) -> Transformed:
+    """The model rewritten by the policy that the options say, and its report."""
+    policy = policy_of(args)
+    made: Transformed = on_model(
+        args, lambda model, *rest, **options: transform(model, policy, *rest, **options)
+    )
+    return made
+
+
 def _source(args: argparse.Namespace) -> Source:
     return Source(args.model, args.weights, args.model_args, args.input, args.unsafe_pickle)
 
@@ -122,6 +194,11 @@ def on_model(args: argparse.Namespace, use: Callable[..., Any], real: bool = Fal
         )
 
     try:
-        return run(load(source))
+        return run(_loaded(source))
     except ValuesNeededError:
-        return run(load(replace(source, real=True)))
+        return run(_loaded(replace(source, real=True)))
+
+
+def _loaded(source: Source) -> Loaded:
+    with stage(f"building {source.model}"):
+        return load(source)

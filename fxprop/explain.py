@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fxprop.errors import ReportError
-from fxprop.inspect import code_changes, code_lines, described
+from fxprop.inspect import code_changes, code_lines, described, generated_node, operation
 from fxprop.plan import Decision, Shape
 from fxprop.policy import Policy
 from fxprop.recipe import recipe_of
@@ -24,9 +24,9 @@ def explain(gm: nn.Module, layer: str) -> str:
     >>> print(fxprop.explain(gm, "layer3.0.conv2"))
 
     Says which rule decided and why the others did not, the shapes, the backward FLOPs as a formula with
-    numbers (one multiply-add = 2), and the code before and after. For the mode (train or eval) that the
-    module is in. Raises ReportError for an unknown layer, with the nearest names; ModelError for a module
-    that does not come from `fxprop.transform`.
+    numbers (one multiply-add = 2), what `fxprop.tune` measured, and the code before and after. For the mode
+    (train or eval) that the module is in. Raises ReportError for an unknown layer, with the nearest names;
+    ModelError for a module that does not come from `fxprop.transform`.
     """
     recipe = recipe_of(gm)
     plan = recipe.plans[recipe.mode(gm.training)]
@@ -41,16 +41,26 @@ def explain(gm: nn.Module, layer: str) -> str:
     of_report = next(record for record in recipe.report(gm.training).layers if record.name == layer)
     facts = [
         ("operator", " ".join([decision.site.op, f"({decision.site.type})" if decision.site.type else ""])),
-        ("graph node", f"{decision.site.node} in {decision.site.graph or type(gm).__name__}"),
+        ("graph node", _node(gm, decision)),
         ("shapes", _shapes(decision)),
         *_settings(decision),
         *((("because", decision.reason),) if decision.reason else ()),
         ("decided by", decision.decided_by),
-        *_other_rules(recipe.policy, decision),
+        *_other_rules(recipe.in_force, decision),
         *_flops(decision, of_report),
+        *((("clock", str(timing)),) if (timing := recipe.timing(decision)) else ()),
     ]
     lines = [f"  {name:<{_WIDTH}}{text.strip()}" for name, text in facts]
     return "\n".join([described(decision), *lines, *_code(gm, decision)]) + "\n"
+
+
+def _node(gm: nn.Module, decision: Decision) -> str:
+    """The node that computes the layer now, what it calls, and the module whose graph it is in."""
+    node = generated_node(gm, decision)
+    where = decision.site.graph or type(gm).__name__
+    if node is None:
+        return f"none: {decision.site.node} in code of {where} that has no graph"
+    return f"{node.name} = {node.op} {operation(node)} in {where}"
 
 
 def _shapes(decision: Decision) -> str:

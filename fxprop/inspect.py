@@ -92,9 +92,10 @@ def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
     )
 
 
-def generated_code(gm: nn.Module) -> str:
-    """The generated code; of a module traced in parts, each part's under a comment with its name."""
-    return "\n".join(line for section in _sections(gm) for line in (*section.heading, *section.after))
+def generated_code(gm: nn.Module, before: bool = False) -> str:
+    """The code after the rewrite, or before; of a module traced in parts, each under its name."""
+    sections = [(section, section.before if before else section.after) for section in _sections(gm)]
+    return "\n".join(line for section, code in sections for line in (*section.heading, *code))
 
 
 @dataclass(frozen=True)
@@ -143,23 +144,35 @@ def op_counts(gm: nn.Module) -> dict[str, tuple[int, int]]:
     for _, module in _traced(gm):
         for side, graphs in enumerate((module.fx_graphs_before, module.fx_graphs)):
             for node in graphs[module.training].nodes:
-                name = _operation(module, node)
+                name = _counted(module, node)
                 if name is not None:
                     counts.setdefault(name, [0, 0])[side] += 1
     return {name: (before, after) for name, (before, after) in sorted(counts.items())}
 
 
-def _operation(module: nn.Module, node: fx.Node) -> str | None:
-    """What a node does, by its name; None for one that only fetches something."""
+def _counted(module: nn.Module, node: fx.Node) -> str | None:
+    """What a node counts as; None for one that only fetches something."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
     if node.op == "call_method":
         return f"Tensor.{node.target}"
-    if node.op != "call_function" or node.target is getattr or isinstance(node.target, str):
-        return None
-    name = getattr(node.target, "__name__", str(node.target))
+    return operation(node) if node.op == "call_function" and node.target is not getattr else None
+
+
+def operation(node: fx.Node) -> str:
+    """What a node calls, by its name: "fxprop.ops.conv2d", "flatten", "layer1.0.bn1"."""
+    name = str(getattr(node.target, "__name__", node.target))
     of = getattr(node.target, "__module__", None)
     return f"{of}.{name}" if of and of.startswith("fxprop") else name
+
+
+def generated_node(gm: nn.Module, decision: Decision) -> fx.Node | None:
+    """The node that computes a site after the rewrite; None for a product in code that has no graph."""
+    module = dict(_traced(gm)).get(decision.site.graph)
+    if module is None or not decision.site.is_node:
+        return None
+    nodes: dict[str, fx.Node] = {node.name: node for node in module.fx_graphs[module.training].nodes}
+    return nodes[decision.node]
 
 
 def _code(graph: fx.Graph) -> tuple[str, ...]:

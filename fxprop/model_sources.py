@@ -162,6 +162,16 @@ def _from_transformers(source: Source) -> Loaded:
 # --- torchvision --------------------------------------------------------------------------------------
 
 
+def torchvision_names() -> list[str]:
+    """The models that torchvision has; none where it cannot be imported."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return []
+    names: list[str] = models.list_models()
+    return names
+
+
 def _from_torchvision(source: Source) -> Loaded:
     try:
         from torchvision import models

@@ -212,6 +212,25 @@ class Sparsity:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long a site's backward took; of a region, with its batch-norm and activation."""
+
+    # medians in seconds
+    dense: float
+    sparse: float
+    # "cpu", "cuda"
+    device: str
+    # whether sparse was faster by the margin that was asked for
+    wins: bool
+
+    def __str__(self) -> str:
+        return (
+            f"measured {1000 * self.dense:.2f} ms dense, {1000 * self.sparse:.2f} ms sparse on "
+            f"{self.device}: {self.dense / self.sparse:.2f}x"
+        )
+
+
+@dataclass(frozen=True)
 class Decision:
     """What happens to one site, and why."""
 

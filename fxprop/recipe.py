@@ -11,8 +11,9 @@ from torch import nn
 
 from fxprop.errors import ModelError
 from fxprop.joint import chained
-from fxprop.plan import Decision, Plan, Site, Sparsity
+from fxprop.plan import Decision, Plan, Site, Sparsity, Timing
 from fxprop.policy import Policy, Rule
+from fxprop.policy_files import to_dict
 from fxprop.report.flops import make_report
 from fxprop.report.report import Report
 
@@ -26,6 +27,8 @@ class Recipe:
 
     # what a keep ratio given later applies to
     policy: Policy
+    # what the plans were made by
+    in_force: Policy
     # training mode -> plan; one alone where the mode makes no difference
     plans: Mapping[bool, Plan]
     # FLOPs of the whole dense backward; None where shapes are unknown
@@ -34,8 +37,8 @@ class Recipe:
     frontend: str
     note: str
     untraced: Mapping[str, str]
-    # measured choices, by what was measured: (site's name, sparsity) -> why it is dense, or None
-    measured: Mapping[tuple[str, Sparsity], str | None] = field(default_factory=dict)
+    # by what was measured: the site's name, and its sparsity
+    measured: Mapping[tuple[str, Sparsity], Timing] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
@@ -53,12 +56,16 @@ class Recipe:
         return Plan(chained([self._measured(decision) for decision in plan.decisions]))
 
     def _measured(self, decision: Decision) -> Decision:
+        timing = self.timing(decision)
+        if timing is None or timing.wins:
+            return decision
+        return Decision(decision.site, "dense", str(timing), decided_by="tune")
+
+    def timing(self, decision: Decision) -> Timing | None:
+        """What was measured of a rewritten site; None if nothing was."""
         if decision.sparsity is None:
-            return decision
-        reason = self.measured.get((decision.site.name, decision.sparsity.alone))
-        if reason is None:
-            return decision
-        return Decision(decision.site, "dense", reason, decided_by="tune")
+            return None
+        return self.measured.get((decision.site.name, decision.sparsity.alone))
 
     def mode(self, training: bool) -> bool:
         """The mode whose plan serves that one: itself, or the other where they share a graph."""
@@ -75,20 +82,27 @@ class Recipe:
             mode="train" if mode else "eval",
             note=self.note,
             untraced=self.untraced,
+            policy=to_dict(self.writable_policy),
         )
+
+    @property
+    def writable_policy(self) -> Policy:
+        """The policy in force without functions: rules that have one name the layers instead."""
+        return _writable(self.in_force, self.sites)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # predicates can rarely be pickled: rules that name each layer say the same
-        if all(rule.where is None for rule in self.policy.rules):
-            return dict(vars(self))
-        return dict(vars(replace(self, policy=_by_name(self.policy, self.sites))))
+        # predicates can rarely be pickled
+        written = {name: _writable(getattr(self, name), self.sites) for name in ("policy", "in_force")}
+        return {**vars(self), **written}
 
 
-def _by_name(policy: Policy, sites: list[Site]) -> Policy:
-    """`policy` with a rule for each site in place of its own, so that it holds no function."""
+def _writable(policy: Policy, sites: list[Site]) -> Policy:
+    """`policy` without functions: if its rules have any, rules for each site in place of its own."""
+    if all(rule.where is None for rule in policy.rules):
+        return policy
     rules = []
     for site in {site.name: site for site in sites}.values():
         matching = next((rule for rule in policy.rules if rule.matches(site)), None)

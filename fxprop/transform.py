@@ -35,6 +35,7 @@ from fxprop.graph.verify import verify_state
 from fxprop.plan import Site
 from fxprop.policy import Policy
 from fxprop.policy_files import PolicyLike, as_policy
+from fxprop.progress import stage
 from fxprop.recipe import Recipe, attach, detach, recipe_of
 from fxprop.report.report import Report
 
@@ -93,7 +94,9 @@ def transform(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    return Transformed(stages.rewritten(model), stages.recipe.report(stages.traced.training))
+    with stage("rewriting"):
+        rewritten = stages.rewritten(model)
+    return Transformed(rewritten, stages.recipe.report(stages.traced.training))
 
 
 def estimate(
@@ -191,13 +194,15 @@ class _Stages:
         args, kwargs = check_inputs(example_inputs, example_kwargs)
         has_inputs = example_inputs is not None or bool(example_kwargs)
         given = (args, kwargs) if has_inputs else None
-        traced = trace_model(model, frontend, given, leaf_modules, preserve_modules)
+        with stage("tracing"):
+            traced = trace_model(model, frontend, given, leaf_modules, preserve_modules)
 
         runs: dict[bool, Run | None] = {}
         sites: dict[bool, tuple[Site, ...]] = {}
         here = traced.training
         for mode in (here, not here) if traced.other_mode_differs else (here,):
-            runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
+            with stage("running once for the shapes"):
+                runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
             sites[mode] = find_sites(traced, mode, runs[mode])
         if has_inputs and runs.get(not here, runs[here]) is None:
             sites[not here] = with_positions_of(sites[here], sites[not here])
@@ -206,6 +211,7 @@ class _Stages:
         if not has_inputs:
             check_needs_no_shapes(plans)
         recipe = Recipe(
+            resolved,
             resolved,
             plans,
             {mode: None if run is None else run.backward_flops for mode, run in runs.items()},

@@ -14,7 +14,7 @@ PACKAGE = Path(fxprop.__file__).parent
 
 # each row may import only rows above it (and its own)
 LAYERS = [
-    ["errors", "version"],
+    ["errors", "version", "diff_colours", "progress"],
     ["plan"],
     ["ops"],
     ["cost", "settings", "joint"],
@@ -24,14 +24,15 @@ LAYERS = [
     ["graph"],
     ["report"],
     ["recipe"],
-    ["inspect", "checks", "diff_colours"],
-    ["explain"],
+    ["inspect", "checks"],
+    ["explain", "resolved"],
+    ["dump"],
     ["transform", "backend"],
     ["train"],
     ["hub_sources", "saved_files"],
     ["model_sources"],
     ["cli_options"],
-    ["cli_bench"],
+    ["cli_report", "cli_code", "cli_bench", "cli_completion"],
     ["cli"],
     ["__init__", "__main__"],
 ]

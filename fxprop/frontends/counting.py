@@ -37,7 +37,7 @@ def _grouped_mm_flops(mat_a: Any, mat_b: Any, *_: Any, out_shape: Any = None, **
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """query @ key.T and scores @ value, for query [N, heads, L, E], key [N, _, S, E], value [N, _, S, E_v]."""
+    """query @ key.T and scores @ value, for query [N, H, L, E], key [N, _, S, E], value [N, _, S, E_v]."""
     return int(2 * math.prod(query[:3]) * key[-2] * (query[-1] + value[-1]))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fxprop.plan import Chain, Decision, Plan, Sparsity
 from fxprop.report.report import Gradients, Layer, Report
@@ -23,6 +24,7 @@ def make_report(
     mode: str,
     note: str = "",
     untraced: Mapping[str, str] | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report on `plan`, for a model whose whole dense backward takes `backward_flops`.
 
@@ -41,6 +43,7 @@ def make_report(
         other=other,
         note=note,
         untraced=tuple((untraced or {}).items()),
+        policy=policy,
     )
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fxprop.plan import Select, Shape, Status, WeightGrad
-from fxprop.report import table
+from fxprop.report import page, plot, table
+from fxprop.report.csv_lines import to_csv
+from fxprop.report.tree import Depth
+from fxprop.report.units import Unit
 from fxprop.version import __version__
 
 SCHEMA = 1
+# of a text that goes to no terminal
+_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,8 @@ class Report:
     note: str = ""
     # modules that are not in a graph but run as written, and why
     untraced: tuple[tuple[str, str], ...] = ()
+    # the policy as in a policy file
+    policy: Mapping[str, Any] | None = None
 
     @property
     def totals(self) -> Totals:
@@ -181,6 +191,11 @@ class Report:
             **sums,
         )
 
+    @property
+    def unit(self) -> Unit:
+        """The unit that people get the numbers in."""
+        return Unit.of(None if self.other is None else (self.totals.dense or 0) + self.other)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; `docs` of the schema are in README.md."""
         return {
@@ -194,6 +209,7 @@ class Report:
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": vars(self.totals),
             "untraced": [{"name": name, "reason": reason} for name, reason in self.untraced],
+            "policy": None if self.policy is None else dict(self.policy),
         }
 
     def to_json(self) -> str:
@@ -202,15 +218,51 @@ class Report:
 
     def to_csv(self) -> str:
         """One line per layer, exact numbers; columns as in the schema, flattened."""
-        return table.to_csv([layer.to_dict() for layer in self.layers])
+        return to_csv([layer.to_dict() for layer in self.layers])
 
-    def to_markdown(self) -> str:
-        """The text tables as Markdown."""
-        return table.render(self, "github")
+    def to_text(self, width: int | None = None, depth: Depth = None) -> str:
+        """Tables for people, grouped by module with subtotals; exact numbers are in the other forms.
 
-    def to_html(self) -> str:
-        """The text tables as HTML fragments, names escaped."""
-        return table.render(self, "html")
+        >>> print(report.to_text(width=160, depth="all"))
+
+        Args:
+            width: of the longest line, at least 80; more room shows more columns. Default: as wide as the
+                terminal, or 100 where there is none.
+            depth: module levels to show, 1 for the model's own children; "all" for every layer. Default:
+                the deepest level at which there are at most half as many rows as layers, and every layer of
+                a small model.
+
+        All numbers are in one unit; rows that are no subtotals add up to the totals within their rounding.
+        """
+        if width is None:
+            width = shutil.get_terminal_size((_WIDTH, 24)).columns
+        return table.to_text(self, width, depth)
+
+    def to_markdown(self, depth: Depth = "all") -> str:
+        """`to_text` as Markdown, with all columns."""
+        return table.to_markdown(self, depth)
+
+    def to_html(self, code_diff: str = "") -> str:
+        """A page of its own, for a browser: totals, bars, a sortable table, reasons, the policy.
+
+        >>> Path("report.html").write_text(report.to_html(fxprop.code_diff(gm)), encoding="utf-8")
+
+        Nothing is loaded from elsewhere; names are escaped. `code_diff` is shown folded.
+        """
+        return page.to_page(self, code_diff)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return page.to_fragment(self)
+
+    def plot(self, file: str | os.PathLike[str]) -> None:
+        """Draw the backward FLOPs of every layer, dense and executed, to a .svg, .png or .pdf file.
+
+        >>> report.plot("savings.svg")
+
+        Raises ReportError without matplotlib (the extra `plot`), or without example inputs.
+        """
+        plot.save(plot.figure(self), file)
 
     def __str__(self) -> str:
-        return table.render(self, "simple")
+        return self.to_text()

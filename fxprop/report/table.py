@@ -1,197 +1,296 @@
-"""Numbers to text: the report as tables, by tabulate."""
+"""The report as tables of text and Markdown, by tabulate."""
 
 from __future__ import annotations
 
-import csv
-import html
-import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from fxprop.report.tree import Column, Depth, Row, rows_of
+from fxprop.report.units import percent, scaled
+
 if TYPE_CHECKING:
     from fxprop.report.report import Layer, Report
 
-_HEADERS = ("layer", "op", "weight", "output", "kept", "dense", "sparse", "executed", "saved", "")
-_NUMBERS = ("right",) * 4
-_ALIGN = ("left", "left", "left", "left", "right", *_NUMBERS, "left")
+COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
+# no line is longer than the reader's window, but for one narrower than this
+_NARROWEST = 80
 
 
-def render(report: Report, style: str) -> str:
-    """The whole report in a tabulate style: "simple" (text), "github" (Markdown) or "html"."""
+_COLLAPSED = (
+    "Modules in one line stand for all their layers; --all, or report.to_text(depth='all'), lists each."
+)
+
+
+def to_text(report: Report, width: int, depth: Depth) -> str:
+    """Tables for reading: grouped by module, as wide as `width` allows."""
+    width = max(width, _NARROWEST)
+    collapsed = any(row.layer is None and not row.is_heading for row in _shown(report, depth))
     parts = [
-        _title(report, style),
-        _layer_table(report, style),
-        _skipped(report, style),
-        _untraced(report, style),
-        _totals(report, style),
-        *(_prose(line, style) for line in _footnotes(report)),
+        title(report),
+        _fitting(report, width, depth),
+        *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth, width)),
+        *(textwrap.fill(note, width) for note in [*notes(report), *([_COLLAPSED] if collapsed else [])]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _title(report: Report, style: str) -> str:
+def to_markdown(report: Report, depth: Depth) -> str:
+    """The same as Markdown, with all columns."""
+    table = _layers(report, depth, list(_EXTRA), _bold_heading, "github")
+    side = (_tabulate(rows, header, "github") for header, rows in _side_tables(report, depth, None))
+    parts = [title(report), table, *side, *notes(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def title(report: Report) -> str:
+    """How many layers there are of each kind, and what the numbers below are."""
     counts = {"rewritten": 0, "dense": 0, "skipped": 0}
     for layer in report.layers:
         counts[layer.status] += 1
-    text = (
+    return (
         f"{report.model}: {counts['rewritten']} layers rewritten, {counts['dense']} dense, "
         f"{counts['skipped']} skipped ({report.frontend} front-end, {report.mode} mode)"
     )
-    return _prose(text, style)
 
 
-def _layer_table(report: Report, style: str) -> str:
-    layers = [layer for layer in report.layers if layer.status != "skipped"]
-    if not layers:
-        return _prose("No layer was found that could be rewritten.", style)
-    rows: list[Any] = []
-    for position, layer in enumerate(layers):
-        new_group = position > 0 and _group(layer.name) != _group(layers[position - 1].name)
-        if new_group and style == "simple":
-            rows.append(SEPARATING_LINE)
-        rows.append(_row(layer))
-    return _tabulate(rows, _HEADERS, style, colalign=_ALIGN)
-
-
-def _row(layer: Layer) -> list[str]:
-    dense, sparse, executed = (
-        None if column is None else column.total for column in (layer.dense, layer.sparse, layer.executed)
-    )
-    saved = None if dense is None or executed is None or not dense else 1 - executed / dense
-    return [
-        layer.name,
-        layer.op,
-        _shape(layer.weight_shape),
-        _shape(layer.output_shape),
-        f"{layer.k}/{layer.n} {layer.select}" if layer.status == "rewritten" else "all",
-        scaled(dense),
-        scaled(sparse),
-        scaled(executed),
-        percent(saved),
-        layer.reason or ", ".join(_remarks(layer)),
-    ]
-
-
-def _remarks(layer: Layer) -> list[str]:
-    return [
-        *([f"with {layer.region}"] if layer.region else []),
-        *([f"for {layer.chain}"] if layer.chain else []),
-        *(["row-sparse weight gradient"] if layer.weight_grad == "row_sparse" else []),
-    ]
-
-
-def _skipped(report: Report, style: str) -> str:
-    rows = [[x.name, x.op, x.reason] for x in report.layers if x.status == "skipped"]
-    return _tabulate(rows, ("skipped layer", "op", "reason"), style) if rows else ""
-
-
-def _untraced(report: Report, style: str) -> str:
-    rows = [[name or report.model, reason] for name, reason in report.untraced]
-    return _tabulate(rows, ("runs as written", "because"), style) if rows else ""
-
-
-def _totals(report: Report, style: str) -> str:
+def notes(report: Report) -> list[str]:
+    """What the numbers mean, and what else is to be known of them."""
     totals = report.totals
-    if totals.other is None or totals.dense is None:
-        return ""
-    assert totals.sparse is not None
-    assert totals.executed is not None
-    assert totals.saving is not None
-    columns = (totals.dense, totals.sparse, totals.executed)
-    rows = [
-        ["listed layers", *map(scaled, columns), ""],
-        ["other", *[scaled(totals.other)] * 3, ""],
-        [
-            "whole backward",
-            *(scaled(column + totals.other) for column in columns),
-            percent(totals.saving),
-        ],
-        ["scoring and top-k (element operations)", "", "", scaled(totals.select_ops), ""],
-        ["forward of listed layers", *[scaled(totals.forward)] * 3, ""],
-    ]
-    return _tabulate(
-        rows,
-        ("backward FLOPs", "dense", "sparse", "executed", "saved"),
-        style,
-        colalign=("left", *_NUMBERS),
-    )
-
-
-def _footnotes(report: Report) -> list[str]:
-    notes = [
-        "FLOPs of one backward pass; one multiply-add = 2 FLOPs. sparse: what the kept entries need. "
-        "executed: what the kernels perform. other: products outside the listed layers, and skipped layers."
-    ]
+    if totals.other is None:
+        found = ["FLOPs were not counted: they need example_inputs."]
+    else:
+        found = [
+            f"{report.unit} of one backward pass; one multiply-add = 2 FLOPs. sparse: what the kept "
+            "entries need. executed: what the kernels perform. other: products outside the listed layers, "
+            "and skipped layers.",
+            f"Forward of the listed layers: {report.unit.text(totals.forward)} {report.unit}. Scoring and "
+            f"top-k: {scaled(totals.select_ops)} element operations.",
+        ]
     if any(layer.select == "element" for layer in report.layers):
-        notes.append(
+        found.append(
             "select='element' masks the gradient and runs the dense kernels: its executed equals dense, "
             "nothing is saved on the clock."
         )
-    if report.other is None:
-        notes.append("FLOPs were not counted: they need example_inputs.")
-    if report.note:
-        notes.append(report.note)
-    return notes
+    return [*found, *([report.note] if report.note else [])]
 
 
-def scaled(number: int | None) -> str:
-    """A count with a unit prefix: "4.13 G"; exact numbers are in the JSON."""
-    if number is None:
-        return "-"
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(number) >= 10**power:
-            return f"{number / 10**power:.2f} {prefix}"
-    return str(number)
+# --- the table of layers ----------------------------------------------------------------------------------
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage: "92.1 %"."""
-    return "-" if share is None else f"{100 * share:.1f} %"
+def kept(row: Row) -> str:
+    """What is kept: "13/256 channel" of a layer, "4 layers" or "3 of 4 layers" of a module."""
+    if row.layer is None:
+        rewritten = sum(layer.status == "rewritten" for layer in row.layers)
+        whole = len(row.layers)
+        return f"{whole} layers" if rewritten == whole else f"{rewritten} of {whole} layers"
+    if row.layer.status == "rewritten":
+        return f"{row.layer.k}/{row.layer.n} {row.layer.select}"
+    return "all"
 
 
-def _shape(shape: Sequence[int] | None) -> str:
-    return "-" if shape is None else "x".join(map(str, shape))
+def remarks(layer: Layer) -> str:
+    """What is rewritten with the layer, and what other layers have to do with it."""
+    return ", ".join(
+        [
+            *([f"with {layer.region}"] if layer.region else []),
+            *([f"for {layer.chain}"] if layer.chain else []),
+            *(["row-sparse weight gradient"] if layer.weight_grad == "row_sparse" else []),
+        ]
+    )
 
 
-def _group(name: str) -> str:
-    """What separates blocks of rows: the first two parts of a nested name."""
-    return ".".join(name.split(".")[:-1][:2])
+def shape(sizes: Sequence[int] | None) -> str:
+    """ "64x3x7x7"; "-" where unknown."""
+    return "-" if sizes is None else "x".join(map(str, sizes))
 
 
-def _prose(text: str, style: str) -> str:
-    return f"<p>{html.escape(text)}</p>" if style == "html" else text
+def _ops(row: Row) -> str:
+    """ "conv2d" of a layer, "3 conv2d, 1 linear" of a module."""
+    if row.layer is not None:
+        return row.layer.op
+    counts = Counter(layer.op for layer in row.layers)
+    return ", ".join(f"{count} {op}" for op, count in counts.items())
+
+
+def total_lines(report: Report) -> list[tuple[str, list[int]]]:
+    """The sums under the columns: name, and dense, sparse and executed; none without example inputs."""
+    totals = report.totals
+    if totals.other is None:
+        return []
+    sums = [getattr(totals, column) for column in COLUMNS]
+    whole = [count + totals.other for count in sums]
+    return [("listed layers", sums), ("other", [totals.other] * 3), ("whole backward", whole)]
+
+
+# columns for whoever has room for them, those that say most first
+_EXTRA: dict[str, Callable[[Row], str]] = {
+    "weight": lambda row: shape(row.layer.weight_shape) if row.layer else "",
+    "remarks": lambda row: remarks(row.layer) if row.layer else "",
+    "output": lambda row: shape(row.layer.output_shape) if row.layer else "",
+    "op": _ops,
+}
+
+
+def _worth_showing(column: str, shown: Sequence[Row]) -> bool:
+    """Whether a column has something to say: any remark, or something for most of the rows."""
+    filled = [bool(_EXTRA[column](row)) for row in shown if not row.is_heading]
+    return any(filled) if column == "remarks" else 2 * sum(filled) >= len(filled)
+
+
+def _fitting(report: Report, width: int, depth: Depth) -> str:
+    """The table with as many of the extra columns as fit, and names as long as fit."""
+
+    shown = _shown(report, depth)
+
+    def fits(text: str) -> bool:
+        return max(map(len, text.splitlines())) <= width
+
+    name: Callable[[Row], str] = _full_name
+    text = _layers(report, depth, [], name)
+    if not fits(text):
+        name = _short_name
+        text = _layers(report, depth, [], name)
+    if not fits(text):
+        too_long = max(map(len, text.splitlines())) - width
+        room = max(len(_short_name(row)) for row in shown) - too_long
+        return _layers(report, depth, [], lambda row: _cut(_short_name(row), room))
+    extra: list[str] = []
+    for column in _EXTRA:
+        if not _worth_showing(column, shown):
+            continue
+        with_column = _layers(report, depth, [*extra, column], name)
+        if fits(with_column):
+            text, extra = with_column, [*extra, column]
+    return text
+
+
+def _full_name(row: Row) -> str:
+    return "  " * len(row.parents) + row.name
+
+
+def _short_name(row: Row) -> str:
+    """Without what the heading above says: ".0.conv1"."""
+    return "  " * len(row.parents) + row.name.removeprefix(row.parents[-1] if row.parents else "")
+
+
+def _bold_heading(row: Row) -> str:
+    return f"**{row.name}**" if row.is_heading else row.name
+
+
+def _cut(text: str, length: int) -> str:
+    """`text` without its middle, where it is longer."""
+    half = max(length - 1, 2) // 2
+    return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
+
+
+def _shown(report: Report, depth: Depth) -> tuple[Row, ...]:
+    return rows_of([layer for layer in report.layers if layer.status != "skipped"], depth)
+
+
+def _layers(
+    report: Report,
+    depth: Depth,
+    extra: Sequence[str],
+    name: Callable[[Row], str] = _full_name,
+    style: str = "simple",
+) -> str:
+    shown = _shown(report, depth)
+    if not shown:
+        return "No layer was found that could be rewritten."
+
+    def line(label: str, counts: Iterable[int | None], saved: str = "", of: Row | None = None) -> list[str]:
+        return [
+            label,
+            kept(of) if of else "",
+            *map(report.unit.text, counts),
+            saved,
+            *(_EXTRA[column](of) if of else "" for column in extra),
+        ]
+
+    lines: list[Any] = []
+    for position, row in enumerate(shown):
+        top, above = ((r.parents or (r.name,))[0] for r in (row, shown[position - 1]))
+        if position and top != above and (row.is_heading or shown[position - 1].parents):
+            lines.append(SEPARATING_LINE)
+        lines.append(line(name(row), map(row.total, COLUMNS), percent(row.saved), row))
+    totals = [line(label, counts) for label, counts in total_lines(report)]
+    if totals:
+        totals[-1][5] = percent(report.totals.saving)
+        lines += [SEPARATING_LINE, *totals]
+    numbers = [f"{column}\n{report.unit}" for column in COLUMNS]
+    if style == "github":
+        numbers = [f"{column}, {report.unit}" for column in COLUMNS]
+        lines = [line for line in lines if line is not SEPARATING_LINE]
+    return _tabulate(
+        lines,
+        ["layer", "kept", *numbers, "saved", *extra],
+        style,
+        ["left", *["right"] * 5, *["left"] * len(extra)],
+    )
+
+
+# --- what is not rewritten --------------------------------------------------------------------------------
+
+
+def _side_tables(
+    report: Report, depth: Depth, width: int | None
+) -> list[tuple[tuple[str, str], list[list[str]]]]:
+    """Tables of two columns: a layer or layers, and why they are not rewritten."""
+
+    def of(status: str) -> list[list[str]]:
+        because: dict[str, list[str]] = {}
+        for layer in report.layers:
+            if layer.status == status:
+                of_op = f" ({layer.op})" if status == "skipped" else ""
+                because.setdefault(str(layer.reason), []).append(layer.name + of_op)
+        if depth == "all":
+            return [[name, reason] for reason, names in because.items() for name in names]
+        return [[_some(names), reason] for reason, names in because.items()]
+
+    tables = [
+        (("left dense", "because"), of("dense")),
+        (("skipped", "because"), of("skipped")),
+        (
+            ("runs as written", "because"),
+            [[name or report.model, reason] for name, reason in report.untraced],
+        ),
+    ]
+    return [(header, rows) for header, rows in tables if rows]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def _side_table(header: Sequence[str], rows: list[list[str]], width: int) -> str:
+    longest = max(len(row[0]) for row in rows)
+    names = min(max(longest, len(header[0])), width // 2)
+    return _tabulate(rows, header, "simple", widths=[names, width - names - 2])
 
 
 def _tabulate(
-    rows: Sequence[Any], headers: Sequence[str], style: str, colalign: Sequence[str] | None = None
+    rows: Sequence[Any],
+    headers: Sequence[str],
+    style: str,
+    colalign: Sequence[str] | None = None,
+    widths: Sequence[int] | None = None,
 ) -> str:
     if style == "github":
         rows = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     text = tabulate(
-        rows, headers, tablefmt=style, disable_numparse=True, colalign=colalign, preserve_whitespace=False
+        rows,
+        headers,
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=colalign,
+        maxcolwidths=widths,
+        preserve_whitespace=True,
     )
     return "\n".join(line.rstrip() for line in text.splitlines())
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Dicts as CSV; nested dicts become "dense.grad_input", lists "64x3x7x7"."""
-    flat = [_flatten(row) for row in rows]
-    # a column may be nested in one row and null in another
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": number for inner, number in value.items()})
-        else:
-            flat[key] = _shape(value) if isinstance(value, list) else value
-    return flat

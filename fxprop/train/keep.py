@@ -51,7 +51,7 @@ def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
         check_needs_no_shapes(plans)
     pieces = {path: m for path, m in gm.named_modules() if isinstance(m, TracedModule)}
     rewrite_model(gm, pieces, plans)
-    made = replace(recipe, plans=plans)
+    made = replace(recipe, plans=plans, in_force=policy)
     attach(gm, made)
     return made.report(gm.training)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fxprop.checks import ExampleInputs
 from fxprop.errors import InputError
-from fxprop.plan import Decision, Site, Sparsity
+from fxprop.plan import Decision, Site, Sparsity, Timing
 from fxprop.recipe import attach, recipe_of
 from fxprop.report.report import Report
 from fxprop.train.keep import put_in_force, unwrapped
@@ -31,6 +31,7 @@ def tune(
     margin: float = 0.05,
     rounds: int = 5,
     cache: str | os.PathLike[str] | None = None,
+    names: Collection[str] | None = None,
     progress: bool = False,
 ) -> Report:
     """Time every rewritten layer's backward, dense and sparse, and leave dense what does not win.
@@ -46,6 +47,7 @@ def tune(
         rounds: timings per layer and side, of which the medians are compared.
         cache: a JSON file; what it holds for the same shapes, dtype, device, threads and k is not timed
             again, and what is timed is added.
+        names: the layers to time; the others stay as planned. Default: all.
         progress: show a progress bar on standard error.
 
     Layers are timed alone, on random tensors; a region with its batch-norm and ReLU. A layer that loses is
@@ -70,12 +72,14 @@ def tune(
         site = with_shapes_of(decision, shapes)
         assert decision.sparsity is not None
         sparsity = decision.sparsity.alone
-        if not can_time(site):
+        if not can_time(site) or (names is not None and site.name not in names):
             continue
         known_as = key(site, sparsity, conditions)
         if known_as not in known:
             known[known_as] = time_site(site, sparsity, conditions, rounds)
-        measured[site.name, sparsity] = _verdict(known[known_as], margin, conditions)
+        dense, sparse = known[known_as]
+        wins = sparse < (1 - margin) * dense
+        measured[site.name, sparsity] = Timing(dense, sparse, conditions.device.type, wins)
     _write(cache, known)
     recipe = replace(recipe, measured=measured)
     attach(inner, recipe)
@@ -97,15 +101,6 @@ def conditions_of(model: nn.Module, example_inputs: ExampleInputs) -> Conditions
     last = bool(given) and not given[0].is_contiguous()
     last = last and given[0].is_contiguous(memory_format=torch.channels_last)
     return Conditions(parameter.device, parameter.dtype, last)
-
-
-def _verdict(times: SiteTimes, margin: float, conditions: Conditions) -> str | None:
-    if times.sparse < (1 - margin) * times.dense:
-        return None
-    return (
-        f"measured {1000 * times.dense:.2f} ms dense, {1000 * times.sparse:.2f} ms sparse on "
-        f"{conditions.device.type}: {times.speedup:.2f}x"
-    )
 
 
 def _read(cache: str | os.PathLike[str] | None) -> dict[str, SiteTimes]:

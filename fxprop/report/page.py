@@ -1,0 +1,233 @@
+"""The report as HTML: a page of its own, and a view for notebooks. Templates only place what is here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tomli_w
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fxprop.diff_colours import as_html
+from fxprop.report import table
+from fxprop.report.tree import Row
+from fxprop.report.units import percent
+from fxprop.version import __version__
+
+if TYPE_CHECKING:
+    from fxprop.report.report import Layer, Report
+
+
+def to_page(report: Report, diff: str) -> str:
+    """A whole page that needs nothing besides itself; `diff` is the code diff to show, or empty."""
+    return _render("page.html.j2", report, diff=Markup(as_html(diff)) if diff else "")
+
+
+def to_fragment(report: Report) -> str:
+    """What a notebook shows: the totals, and the layers with bars."""
+    return _render("fragment.html.j2", report)
+
+
+def _render(template: str, report: Report, **more: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("fxprop.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    files = {
+        name: Markup(environment.loader.get_source(environment, file)[0])
+        for name, file in (("css", "report.css"), ("script", "sort.js"))
+        if environment.loader is not None
+    }
+    return environment.get_template(template).render(view=View(report), **files, **more)
+
+
+class Fact(NamedTuple):
+    """One of the few numbers at the top."""
+
+    name: str
+    value: str
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table of layers, with its bar."""
+
+    layer: Layer
+    report: Report
+    # the largest dense count of all layers, whose bar is the longest
+    longest: int
+
+    @property
+    def row(self) -> Row:
+        """The same as a row of the text table."""
+        return Row(self.layer.name, (self.layer,))
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """FLOPs of both gradients, by column; 0 where unknown."""
+        return {column: self.row.total(column) or 0 for column in table.COLUMNS}
+
+    @property
+    def text(self) -> Mapping[str, str]:
+        """The counts as they are printed."""
+        return {column: self.report.unit.text(self.row.total(column)) for column in table.COLUMNS}
+
+    @property
+    def saved(self) -> int:
+        """FLOPs that are not executed."""
+        return self.counts["dense"] - self.counts["executed"]
+
+    @property
+    def saved_text(self) -> str:
+        """The same as it is printed."""
+        return self.report.unit.text(None if self.layer.dense is None else self.saved)
+
+    @property
+    def share(self) -> float:
+        """The share saved of the layer's dense backward; -1, which sorts last, where there is none."""
+        return -1.0 if self.row.saved is None else self.row.saved
+
+    @property
+    def share_text(self) -> str:
+        """The same as it is printed."""
+        return percent(self.row.saved)
+
+    @property
+    def dense_width(self) -> float:
+        """The length of the bar, in percent of the longest."""
+        return round(100 * self.counts["dense"] / self.longest, 2)
+
+    @property
+    def executed_share(self) -> float:
+        """The part of the bar that is executed, in percent of it."""
+        return round(100 * self.counts["executed"] / (self.counts["dense"] or 1), 2)
+
+    @property
+    def spoken(self) -> str:
+        """What the bar shows, in words."""
+        return f"dense {self.text['dense']}, executed {self.text['executed']} {self.report.unit}"
+
+    @property
+    def kept(self) -> str:
+        """As in the text table."""
+        return table.kept(self.row)
+
+    @property
+    def weight(self) -> str:
+        """Shape of the weight."""
+        return table.shape(self.layer.weight_shape)
+
+    @property
+    def remarks(self) -> str:
+        """Why it is dense, or what is rewritten with it."""
+        return self.layer.reason or table.remarks(self.layer)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the templates show of a report."""
+
+    report: Report
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are numbers."""
+        return self.report.totals.saving is not None
+
+    @property
+    def headline(self) -> str:
+        """What a reader takes away."""
+        saving = self.report.totals.saving
+        return "the rewrite" if saving is None else f"{percent(saving)} of the backward's FLOPs saved"
+
+    @property
+    def title(self) -> str:
+        """As in the text form."""
+        return table.title(self.report).partition(": ")[2]
+
+    @cached_property
+    def rows(self) -> list[Line]:
+        """The layers that could be rewritten, in graph order."""
+        layers = [layer for layer in self.report.layers if layer.status != "skipped"]
+        longest = max((layer.dense.total for layer in layers if layer.dense), default=0) or 1
+        return [Line(layer, self.report, longest) for layer in layers]
+
+    @property
+    def facts(self) -> list[Fact]:
+        """The whole backward, dense and executed, and the layer that saves most."""
+        totals, unit = self.report.totals, self.report.unit
+        if totals.dense is None or totals.executed is None or totals.other is None:
+            return []
+        dense, executed = totals.dense + totals.other, totals.executed + totals.other
+        facts = [
+            Fact("backward, dense", f"{unit.text(dense)} {unit}"),
+            Fact("backward, executed", f"{unit.text(executed)} {unit}"),
+            Fact("saved", percent(totals.saving), f"{unit.text(dense - executed)} {unit}"),
+        ]
+        most = max(self.rows, key=lambda row: row.saved, default=None)
+        if most is not None and most.saved > 0:
+            others = sum(row.saved == most.saved for row in self.rows) - 1
+            text = f"{most.saved_text} {unit}, {percent(most.saved / (dense - executed))} of what is saved"
+            text += f"; {others} more save as much" if others else ""
+            facts.append(Fact("saves most", most.layer.name, text))
+        return facts
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The model's own children, in the order of the bars, with how many bars each has."""
+        tops = [row.layer.name.partition(".")[0] for row in self.rows]
+        return [(top, len(list(bars))) for top, bars in itertools.groupby(tops)]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of counts."""
+        return table.COLUMNS
+
+    @property
+    def totals(self) -> list[dict[str, Any]]:
+        """The lines of the table of totals."""
+        return [{"name": name, "counts": counts} for name, counts in table.total_lines(self.report)]
+
+    @property
+    def reasons(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """Under a heading each: what is not rewritten, and why."""
+        named = {"dense": "Left dense", "skipped": "Skipped"}
+        found = [
+            (heading, [(x.name, str(x.reason)) for x in self.report.layers if x.status == status])
+            for status, heading in named.items()
+        ]
+        untraced = [(name or self.report.model, reason) for name, reason in self.report.untraced]
+        return [(heading, lines) for heading, lines in [*found, ("Runs as written", untraced)] if lines]
+
+    @property
+    def policy(self) -> str:
+        """The policy as a TOML file."""
+        return "" if self.report.policy is None else tomli_w.dumps(self.report.policy)
+
+    def decision(self, layer: Layer) -> str:
+        """What is done with a layer, in a word or two."""
+        return table.kept(Row(layer.name, (layer,))) if layer.status == "rewritten" else layer.status
+
+    @property
+    def notes(self) -> list[str]:
+        """As in the text form."""
+        return table.notes(self.report)
+
+    @property
+    def version(self) -> str:
+        """fxprop's."""
+        return __version__
+
+    @property
+    def torch(self) -> str:
+        """PyTorch's version."""
+        return str(torch.__version__)

@@ -1,0 +1,52 @@
+"""A policy that says for each layer what was decided, whatever rules, cost model or timings decided it."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+
+from fxprop.plan import Decision, Sparsity
+from fxprop.policy import Policy, Rule
+from fxprop.recipe import Recipe
+
+
+def resolved(recipe: Recipe) -> Policy:
+    """One rule per layer; by it the same model is rewritten alike on any machine.
+
+    >>> policy_files.to_toml(resolved(recipe_of(gm)))
+
+    Skipped layers have no rule. Where train and eval mode have plans of their own, the first mode's holds
+    for the layers that both have.
+    """
+    decisions: dict[str, Decision] = {}
+    for plan in recipe.plans.values():
+        for decision in plan.decisions:
+            decisions.setdefault(decision.site.name, decision)
+    return Policy(rules=[_rule(decision) for decision in _later_uses_first(decisions.values())])
+
+
+def _later_uses_first(decisions: Iterable[Decision]) -> list[Decision]:
+    """In an order in which the rule for a weight's first use does not take its second ("fc#2")."""
+    found = [decision for decision in decisions if decision.status != "skipped"]
+    return sorted(found, key=lambda decision: "#" not in decision.site.name)
+
+
+def _rule(decision: Decision) -> Rule:
+    name, sparsity = glob.escape(decision.site.name), decision.sparsity
+    return Rule(name=name, keep=1.0) if sparsity is None else _sparse(name, sparsity)
+
+
+def _sparse(name: str, sparsity: Sparsity) -> Rule:
+    return Rule(
+        name=name,
+        k=sparsity.k,
+        select=sparsity.select,
+        score=sparsity.score,
+        bias=sparsity.bias,
+        sync_selection=sparsity.sync_selection,
+        score_fraction=sparsity.score_fraction,
+        regions=sparsity.region,
+        norm_grad=sparsity.norm_grad,
+        weight_grad=sparsity.weight_grad,
+        when="always",
+    )
