@@ -1,8 +1,12 @@
 """Options of the test suite."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser):
@@ -12,8 +16,28 @@ def pytest_addoption(parser):
         default=200,
         help="how many random networks test_random_networks.py draws (default: 200)",
     )
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the texts in tests/golden anew, to be reviewed"
+    )
 
 
 def pytest_configure(config):
+    # texts are as wide as where there is no terminal, wherever the tests run
+    os.environ.pop("COLUMNS", None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the processes share the cores
+
+
+@pytest.fixture
+def golden(request):
+    """`golden(name, text)` compares a text with the one in tests/golden."""
+
+    def check(name, text):
+        file = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        assert file.exists(), f"{file} is missing: pytest --update-golden writes it"
+        assert text == file.read_text(encoding="utf-8"), "pytest --update-golden writes it anew"
+
+    return check

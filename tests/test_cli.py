@@ -250,8 +250,9 @@ def test_timm_and_transformers(capsys, tmp_path):
     assert "encoder.layer.0.intermediate.dense" in out
     named = '{"input_ids": "2x7:int64", "attention_mask": "2x7:int64", "use_cache": false}'
     code, out, _ = run(
-        capsys, "report", "hf:GPT2LMHeadModel", "--model-args", '{"n_layer": 1}', "--input", named
-    )
+        capsys, "report", "hf:GPT2LMHeadModel", "--model-args", '{"n_layer": 1}', "--input", named,
+        "--format", "csv",
+    )  # fmt: skip
     assert code == 0
     assert "14x768" in out
     config = transformers.BertConfig(**json.loads(small))

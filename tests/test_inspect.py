@@ -14,6 +14,8 @@ from fxprop import cli
 from fxprop.diff_colours import as_html, for_terminal
 from fxprop.errors import ModelError, ReportError
 from fxprop.inspect import code_changes, generated_code, op_counts
+from fxprop.train import tune
+from fxprop.train.site_times import SiteTimes
 
 X = torch.empty(4, 3, 8, 8)
 HEADING = re.compile(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@ ?(.*)")
@@ -193,6 +195,28 @@ def test_explain_says_why_rules_did_not_decide():
     assert "because     output layer" in output
 
 
+def test_explain_tells_what_was_measured(monkeypatch):
+    gm = transformed()
+    assert "clock" not in fxprop.explain(gm, "0")
+    monkeypatch.setattr(tune, "time_site", lambda *_: SiteTimes(0.004, 0.001))
+    tune.tune(gm, names=["0"])
+    assert "  clock       measured 4.00 ms dense, 1.00 ms sparse on cpu: 4.00x\n" in fxprop.explain(gm, "0")
+    assert "clock" not in fxprop.explain(gm, "3")
+    monkeypatch.setattr(tune, "time_site", lambda *_: SiteTimes(0.001, 0.004))
+    tune.tune(gm, names=["3"])
+    text = fxprop.explain(gm, "3")
+    assert "because     measured 1.00 ms dense, 4.00 ms sparse on cpu: 0.25x" in text
+    assert "decided by  tune" in text
+
+
+def test_explain_names_the_generated_node():
+    gm = transformed()
+    assert "graph node  _2 = call_function fxprop.ops.conv_batch_norm in Sequential" in fxprop.explain(
+        gm, "0"
+    )
+    assert "graph node  _5 = call_module 5 in Sequential" in fxprop.explain(gm, "5")
+
+
 def test_explain_names_near_misses():
     with pytest.raises(ReportError, match="no layer '33' in this model; nearest names: 3"):
         fxprop.explain(transformed(), "33")
@@ -235,13 +259,9 @@ def test_diff_as_html(capsys):
 def test_explain_command(capsys):
     code, out, _ = run(capsys, "explain", MODEL[0], "3", *MODEL[1:])
     assert (code, out.splitlines()[0].partition(" (")[0]) == (0, "3: 2 of 8 channels")
+    code, out, _ = run(capsys, "explain", MODEL[0], "3", *MODEL[1:], "--tune")
+    assert code == 0
+    assert re.search(r"measured [\d.]+ ms dense, [\d.]+ ms sparse on cpu: [\d.]+x", out)
     code, _, err = run(capsys, "explain", MODEL[0], "conv9", *MODEL[1:])
     assert code == 1
     assert err.startswith("fxprop: error: no layer 'conv9' in this model")
-
-
-@pytest.mark.parametrize("command", ["report", "layers", "code", "explain", "bench"])
-def test_every_command_shows_examples(capsys, command):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main([command, "--help"])
-    assert f"  fxprop {command} " in capsys.readouterr().out.partition("examples:")[2]

@@ -30,7 +30,7 @@ def to_text(report: Report, width: int, depth: Depth) -> str:
     width = max(width, _NARROWEST)
     collapsed = any(row.layer is None and not row.is_heading for row in _shown(report, depth))
     parts = [
-        title(report),
+        textwrap.fill(title(report), width),
         _fitting(report, width, depth),
         *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth, width)),
         *(textwrap.fill(note, width) for note in [*notes(report), *([_COLLAPSED] if collapsed else [])]),
@@ -74,6 +74,13 @@ def notes(report: Report) -> list[str]:
         found.append(
             "select='element' masks the gradient and runs the dense kernels: its executed equals dense, "
             "nothing is saved on the clock."
+        )
+    if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
+        found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
+    if chained := sum(layer.chain is not None for layer in report.layers):
+        found.append(
+            f"Chains: {chained} layers compute those channels of their input's gradient alone that the layer "
+            "in front of them reads."
         )
     return [*found, *([report.note] if report.note else [])]
 
@@ -128,8 +135,8 @@ def total_lines(report: Report) -> list[tuple[str, list[int]]]:
 
 # columns for whoever has room for them, those that say most first
 _EXTRA: dict[str, Callable[[Row], str]] = {
-    "weight": lambda row: shape(row.layer.weight_shape) if row.layer else "",
     "remarks": lambda row: remarks(row.layer) if row.layer else "",
+    "weight": lambda row: shape(row.layer.weight_shape) if row.layer else "",
     "output": lambda row: shape(row.layer.output_shape) if row.layer else "",
     "op": _ops,
 }
