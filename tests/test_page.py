@@ -137,7 +137,7 @@ def test_what_saves_most_is_said_first(resnet):
     most = max(report.layers, key=lambda layer: layer.dense.total - layer.executed.total)
     facts = report.to_html().partition('class="facts"')[2].partition("</dl>")[0]
     assert "saves most" in facts
-    assert most.name in facts
+    assert most.name in facts.replace("<wbr>", "")
 
 
 # --- the page itself --------------------------------------------------------------------------------------

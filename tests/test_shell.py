@@ -33,10 +33,10 @@ def test_help_lists_every_command(capsys):
     assert "exit codes" in text
 
 
-@pytest.mark.parametrize("command", ["report", "layers", "code"])
+@pytest.mark.parametrize("command", ["report resnet18", "code resnet152"])
 def test_a_reader_that_leaves_is_no_error(command):
-    """The output is longer than a pipe holds, or is written after the reader has left."""
-    line = f"{sys.executable} -m fxprop {command} resnet152 | head -1; echo ${{PIPESTATUS[0]}}"
+    """Of little text, and of more than a pipe holds."""
+    line = f"{sys.executable} -m fxprop {command} | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     assert result.stderr == ""
     assert result.stdout.splitlines()[1] == "0"

@@ -41,12 +41,18 @@ def _render(template: str, report: Report, **more: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     files = {
         name: Markup(environment.loader.get_source(environment, file)[0])
         for name, file in (("css", "report.css"), ("script", "sort.js"))
         if environment.loader is not None
     }
     return environment.get_template(template).render(view=View(report), **files, **more)
+
+
+def _breakable(name: str) -> Markup:
+    """A qualified name that breaks into lines at its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 class Fact(NamedTuple):
@@ -177,8 +183,8 @@ class View:
         if most is not None and most.saved > 0:
             others = sum(row.saved == most.saved for row in self.rows) - 1
             text = f"{most.saved_text} {unit}, {percent(most.saved / (dense - executed))} of what is saved"
-            text += f"; {others} more save as much" if others else ""
-            facts.append(Fact("saves most", most.layer.name, text))
+            text += f"; tied with {others} other{'s' * (others > 1)}" if others else ""
+            facts.append(Fact("saves most", _breakable(most.layer.name), text))
         return facts
 
     @property

@@ -79,8 +79,8 @@ def notes(report: Report) -> list[str]:
         found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
     if chained := sum(layer.chain is not None for layer in report.layers):
         found.append(
-            f"Chains: {chained} layers compute those channels of their input's gradient alone that the layer "
-            "in front of them reads."
+            f"Chains: {chained} layers compute those channels of their input's gradient alone that the "
+            "layer in front of them reads."
         )
     return [*found, *([report.note] if report.note else [])]
 
