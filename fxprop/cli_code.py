@@ -14,18 +14,17 @@ from fxprop.cli_options import (
     add_model_options,
     add_policy_options,
     add_tune_cache,
+    by_policy,
     command,
     completed_by,
-    on_model,
-    policy_of,
     shows_progress,
-    transformed,
 )
 from fxprop.diff_colours import as_html, for_terminal
 from fxprop.dump import dump
 from fxprop.errors import CommandError
 from fxprop.explain import explain
 from fxprop.inspect import code_diff, generated_code
+from fxprop.policy import Policy
 from fxprop.train.tune import tune
 from fxprop.transform import transform
 
@@ -85,7 +84,7 @@ def add_code(commands: Any) -> None:
 def _code(args: argparse.Namespace) -> str:
     if args.format == "html" and not args.diff:
         raise CommandError("--format html shows a diff: add --diff")
-    gm = transformed(args).module
+    gm = by_policy(args, transform).module
     if not args.diff:
         return generated_code(gm)
     diff = code_diff(gm)
@@ -100,9 +99,7 @@ def _in_colour(args: argparse.Namespace) -> bool:
 
 
 def _explain(args: argparse.Namespace) -> str:
-    policy = policy_of(args)
-
-    def of_layer(model: nn.Module, inputs: Any, **options: Any) -> str:
+    def of_layer(model: nn.Module, policy: Policy, inputs: Any, **options: Any) -> str:
         gm = transform(model, policy, inputs, **options).module
         if args.tune:
             tune(
@@ -115,9 +112,9 @@ def _explain(args: argparse.Namespace) -> str:
             )
         return explain(gm, args.layer)
 
-    text: str = on_model(args, of_layer, real=args.tune)
+    text: str = by_policy(args, of_layer, real=args.tune)
     return text
 
 
 def _dump(args: argparse.Namespace) -> str:
-    return "\n".join(map(str, dump(transformed(args).module, args.folder)))
+    return "\n".join(map(str, dump(by_policy(args, transform).module, args.folder)))

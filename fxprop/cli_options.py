@@ -19,7 +19,6 @@ from fxprop.plan import SELECTS, WEIGHT_GRADS, WHENS
 from fxprop.policy import Policy
 from fxprop.policy_files import load_policy
 from fxprop.progress import stage
-from fxprop.transform import Transformed, transform
 
 _DEFAULT_KEEP = 0.05
 _PRESETS: dict[str, Callable[..., Policy]] = {"exact": Policy, "fast": Policy.fast}
@@ -167,13 +166,10 @@ def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
     return replace(policy, **given)
 
 
-def transformed(args: argparse.Namespace) -> Transformed:
-    """The model rewritten by the policy that the options say, and its report."""
+def by_policy(args: argparse.Namespace, function: Callable[..., Any], real: bool = False) -> Any:
+    """What `function`, such as `transform`, makes of the model by the policy that the options say."""
     policy = policy_of(args)
-    made: Transformed = on_model(
-        args, lambda model, *rest, **options: transform(model, policy, *rest, **options)
-    )
-    return made
+    return on_model(args, lambda model, *rest, **options: function(model, policy, *rest, **options), real)
 
 
 def _source(args: argparse.Namespace) -> Source:

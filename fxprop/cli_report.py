@@ -13,20 +13,19 @@ from tabulate import tabulate
 from fxprop.cli_options import (
     add_model_options,
     add_policy_options,
+    by_policy,
     command,
     on_model,
-    policy_of,
     positive,
-    transformed,
 )
 from fxprop.errors import CommandError
 from fxprop.inspect import code_diff
 from fxprop.plan import Site
 from fxprop.report import plot
 from fxprop.report.report import Report
-from fxprop.report.table import shape
 from fxprop.report.tree import Depth
-from fxprop.transform import estimate, layers
+from fxprop.report.wording import shape
+from fxprop.transform import Transformed, estimate, layers, transform
 
 # of text that goes to a file
 _WIDTH = 100
@@ -100,23 +99,15 @@ def add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> str:
     if args.format == "html":
-        gm, report = transformed(args)
-        return report.to_html(code_diff(gm))
-    report = _estimated(args)
+        made: Transformed = by_policy(args, transform)
+        return made.report.to_html(code_diff(made.module))
+    report: Report = by_policy(args, estimate)
     depth: Depth = "all" if args.all else args.depth
     if args.format == "text":
         return report.to_text(None if args.output == "-" else _WIDTH, depth)
     if args.format == "markdown":
         return report.to_markdown(depth or "all")
     return report.to_json() if args.format == "json" else report.to_csv()
-
-
-def _estimated(args: argparse.Namespace) -> Report:
-    policy = policy_of(args)
-    report: Report = on_model(
-        args, lambda model, *rest, **options: estimate(model, policy, *rest, **options)
-    )
-    return report
 
 
 def _layers(args: argparse.Namespace) -> str:
@@ -151,5 +142,5 @@ def _plot(args: argparse.Namespace) -> str | bytes:
             f"-o {args.output}: expected a name that ends in {', '.join(_PICTURES)}, or --format"
         )
     picture = io.BytesIO()
-    plot.save(plot.figure(_estimated(args)), picture, form)
+    plot.save(plot.figure(by_policy(args, estimate)), picture, form)
     return picture.getvalue().decode() if form == "svg" else picture.getvalue()

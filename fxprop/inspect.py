@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxprop.frontends.module import TracedModule
 from fxprop.plan import Decision, Plan
+from fxprop.progress import stage
 from fxprop.recipe import recipe_of
 
 _ASSIGNED = re.compile(r"\s*(\w+)\b[^=]*=")
@@ -66,7 +67,8 @@ def code_diff(gm: nn.Module) -> str:
     parts is that of all of them. Empty if nothing was rewritten. For the mode (train or eval) the module is
     in. Raises ModelError for a module that does not come from `fxprop.transform`.
     """
-    hunks = "".join(map(str, code_changes(gm)))
+    with stage("comparing the code"):
+        hunks = "".join(map(str, code_changes(gm)))
     name = type(gm).__name__
     return f"--- {name} before\n+++ {name} after\n{hunks}" if hunks else ""
 

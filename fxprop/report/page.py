@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fxprop.diff_colours import as_html
-from fxprop.report import table
+from fxprop.report import wording
 from fxprop.report.tree import Row
 from fxprop.report.units import percent
 from fxprop.version import __version__
@@ -74,18 +74,18 @@ class Line:
 
     @property
     def row(self) -> Row:
-        """The same as a row of the text table."""
+        """The same as a row of the text wording."""
         return Row(self.layer.name, (self.layer,))
 
     @property
     def counts(self) -> Mapping[str, int]:
         """FLOPs of both gradients, by column; 0 where unknown."""
-        return {column: self.row.total(column) or 0 for column in table.COLUMNS}
+        return {column: self.row.total(column) or 0 for column in wording.COLUMNS}
 
     @property
     def text(self) -> Mapping[str, str]:
         """The counts as they are printed."""
-        return {column: self.report.unit.text(self.row.total(column)) for column in table.COLUMNS}
+        return {column: self.report.unit.text(self.row.total(column)) for column in wording.COLUMNS}
 
     @property
     def saved(self) -> int:
@@ -124,18 +124,18 @@ class Line:
 
     @property
     def kept(self) -> str:
-        """As in the text table."""
-        return table.kept(self.row)
+        """As in the text wording."""
+        return wording.kept(self.row)
 
     @property
     def weight(self) -> str:
         """Shape of the weight."""
-        return table.shape(self.layer.weight_shape)
+        return wording.shape(self.layer.weight_shape)
 
     @property
     def remarks(self) -> str:
         """Why it is dense, or what is rewritten with it."""
-        return self.layer.reason or table.remarks(self.layer)
+        return self.layer.reason or wording.remarks(self.layer)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class View:
     @property
     def title(self) -> str:
         """As in the text form."""
-        return table.title(self.report).partition(": ")[2]
+        return wording.title(self.report).partition(": ")[2]
 
     @cached_property
     def rows(self) -> list[Line]:
@@ -196,12 +196,12 @@ class View:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of counts."""
-        return table.COLUMNS
+        return wording.COLUMNS
 
     @property
     def totals(self) -> list[dict[str, Any]]:
         """The lines of the table of totals."""
-        return [{"name": name, "counts": counts} for name, counts in table.total_lines(self.report)]
+        return [{"name": name, "counts": counts} for name, counts in wording.total_lines(self.report)]
 
     @property
     def reasons(self) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -221,12 +221,12 @@ class View:
 
     def decision(self, layer: Layer) -> str:
         """What is done with a layer, in a word or two."""
-        return table.kept(Row(layer.name, (layer,))) if layer.status == "rewritten" else layer.status
+        return wording.kept(Row(layer.name, (layer,))) if layer.status == "rewritten" else layer.status
 
     @property
     def notes(self) -> list[str]:
         """As in the text form."""
-        return table.notes(self.report)
+        return wording.notes(self.report)
 
     @property
     def version(self) -> str:

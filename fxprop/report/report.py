@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class Report:
     # modules that are not in a graph but run as written, and why
     untraced: tuple[tuple[str, str], ...] = ()
     # the policy as in a policy file
-    policy: Mapping[str, Any] | None = None
+    policy: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def totals(self) -> Totals:

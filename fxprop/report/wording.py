@@ -1,0 +1,99 @@
+"""What the report says of layers and totals, in the same words in every form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fxprop.report.tree import Column, Row
+from fxprop.report.units import scaled
+
+if TYPE_CHECKING:
+    from fxprop.report.report import Layer, Report
+
+COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
+
+
+def title(report: Report) -> str:
+    """How many layers there are of each kind."""
+    counts = {"rewritten": 0, "dense": 0, "skipped": 0}
+    for layer in report.layers:
+        counts[layer.status] += 1
+    return (
+        f"{report.model}: {counts['rewritten']} layers rewritten, {counts['dense']} dense, "
+        f"{counts['skipped']} skipped ({report.frontend} front-end, {report.mode} mode)"
+    )
+
+
+def notes(report: Report) -> list[str]:
+    """What the numbers mean, and what else is to be known of them."""
+    totals = report.totals
+    if totals.other is None:
+        found = ["FLOPs were not counted: they need example_inputs."]
+    else:
+        found = [
+            f"{report.unit} of one backward pass; one multiply-add = 2 FLOPs. sparse: what the kept "
+            "entries need. executed: what the kernels perform. other: products outside the listed layers, "
+            "and skipped layers.",
+            f"Forward of the listed layers: {report.unit.text(totals.forward)} {report.unit}. Scoring and "
+            f"top-k: {scaled(totals.select_ops)} element operations.",
+        ]
+    if any(layer.select == "element" for layer in report.layers):
+        found.append(
+            "select='element' masks the gradient and runs the dense kernels: its executed equals dense, "
+            "nothing is saved on the clock."
+        )
+    if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
+        found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
+    if chained := sum(layer.chain is not None for layer in report.layers):
+        found.append(
+            f"Chains: {chained} layers compute those channels of their input's gradient alone that the "
+            "layer in front of them reads."
+        )
+    return [*found, *([report.note] if report.note else [])]
+
+
+def kept(row: Row) -> str:
+    """What is kept: "13/256 channel" of a layer, "4 layers" or "3 of 4 layers" of a module."""
+    if row.layer is None:
+        rewritten = sum(layer.status == "rewritten" for layer in row.layers)
+        whole = len(row.layers)
+        return f"{whole} layers" if rewritten == whole else f"{rewritten} of {whole} layers"
+    if row.layer.status == "rewritten":
+        return f"{row.layer.k}/{row.layer.n} {row.layer.select}"
+    return "all"
+
+
+def remarks(layer: Layer) -> str:
+    """What is rewritten with the layer, and what other layers have to do with it."""
+    return ", ".join(
+        [
+            *([f"with {layer.region}"] if layer.region else []),
+            *([f"for {layer.chain}"] if layer.chain else []),
+            *(["row-sparse weight gradient"] if layer.weight_grad == "row_sparse" else []),
+        ]
+    )
+
+
+def shape(sizes: Sequence[int] | None) -> str:
+    """ "64x3x7x7"; "-" where unknown."""
+    return "-" if sizes is None else "x".join(map(str, sizes))
+
+
+def ops(row: Row) -> str:
+    """ "conv2d" of a layer, "3 conv2d, 1 linear" of a module."""
+    if row.layer is not None:
+        return row.layer.op
+    counts = Counter(layer.op for layer in row.layers)
+    return ", ".join(f"{count} {op}" for op, count in counts.items())
+
+
+def total_lines(report: Report) -> list[tuple[str, list[int]]]:
+    """The sums under the columns: name, and dense, sparse and executed; none without example inputs."""
+    totals = report.totals
+    if totals.other is None:
+        return []
+    sums = [getattr(totals, column) for column in COLUMNS]
+    whole = [count + totals.other for count in sums]
+    return [("listed layers", sums), ("other", [totals.other] * 3), ("whole backward", whole)]
