@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -229,13 +226,6 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"fxprop {fxprop.__version__}\n"
-
-
-def test_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m fxprop report resnet18 | head -1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
-    assert result.stderr == ""
-    assert result.stdout.startswith("ResNet: 20 layers rewritten")
 
 
 def test_timm_and_transformers(capsys, tmp_path):
