@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 
+# a hunk's heading, which names its layer
+_LAYER = re.compile(r"@@ [^@]* @@ (.+?): ")
 _RESET = "\x1b[0m"
 # as git colours them: file names bold, headings cyan, removed red, added green
 _TERMINAL = {"file": "\x1b[1m", "hunk": "\x1b[36m", "removed": "\x1b[31m", "added": "\x1b[32m"}
@@ -11,7 +14,8 @@ _TERMINAL = {"file": "\x1b[1m", "hunk": "\x1b[36m", "removed": "\x1b[31m", "adde
 _STYLE = """\
 <style>
 .fxprop-diff { color-scheme: light dark; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
-.fxprop-diff .file { font-weight: bold; }
+.fxprop-diff .file, .fxprop-diff .module { font-weight: bold; }
+.fxprop-diff .module { user-select: none; }
 .fxprop-diff .hunk { color: light-dark(#0550ae, #79c0ff); }
 .fxprop-diff .removed { background: light-dark(#ffebe9, #5a1e1e); }
 .fxprop-diff .added { background: light-dark(#dafbe1, #12401f); }
@@ -28,12 +32,17 @@ def for_terminal(diff: str) -> str:
 
 
 def as_html(diff: str) -> str:
-    """`diff` as an HTML fragment with its style, light and dark; the code in it is escaped."""
-    lines = "".join(
-        f'<span class="{_kind(line) or "context"}">{html.escape(line)}\n</span>'
-        for line in diff.splitlines()
-    )
-    return f'{_STYLE}<pre class="fxprop-diff">{lines}</pre>\n'
+    """`diff` as an HTML fragment with its style, light and dark; the code in it is escaped.
+
+    Hunks stand under the path of the module that their layer is in.
+    """
+    lines, module = [], None
+    for line in diff.splitlines():
+        layer = _LAYER.match(line)
+        if layer is not None and module != (module := layer[1].rpartition(".")[0]):
+            lines.append(f'<span class="module">{html.escape(module or "the model itself")}\n</span>')
+        lines.append(f'<span class="{_kind(line) or "context"}">{html.escape(line)}\n</span>')
+    return f'{_STYLE}<pre class="fxprop-diff">{"".join(lines)}</pre>\n'
 
 
 def _kind(line: str) -> str | None:

@@ -164,6 +164,17 @@ def test_html_escapes_names():
     assert '<span class="added">+    y' in page
 
 
+def test_html_is_grouped_by_module():
+    import torchvision
+
+    page = as_html(fxprop.code_diff(transformed(torchvision.models.resnet18())))
+    modules = re.findall(r'<span class="module">(.*)\n', page)
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert [name for name in modules if "downsample" not in name] == ["the model itself", *blocks]
+    under = page.partition('<span class="module">layer1.1\n')[2].partition('class="module"')[0]
+    assert re.findall(r"@@ (\S+): ", under) == ["layer1.1.conv1", "layer1.1.conv2"]
+
+
 # --- explain --------------------------------------------------------------------------------------------
 
 
