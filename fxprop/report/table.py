@@ -31,7 +31,7 @@ def to_text(report: Report, width: int, depth: Depth) -> str:
     parts = [
         textwrap.fill(title(report), width),
         _fitting(report, width, depth),
-        *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth, width)),
+        *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth)),
         *(textwrap.fill(note, width) for note in [*notes(report), *([_COLLAPSED] if collapsed else [])]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -40,7 +40,7 @@ def to_text(report: Report, width: int, depth: Depth) -> str:
 def to_markdown(report: Report, depth: Depth) -> str:
     """The same as Markdown, with all columns."""
     table = _layers(report, depth, list(_EXTRA), _bold_heading, "github")
-    side = (_tabulate(rows, header, "github") for header, rows in _side_tables(report, depth, None))
+    side = (_tabulate(rows, header, "github") for header, rows in _side_tables(report, depth))
     parts = [title(report), table, *side, *notes(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -158,9 +158,7 @@ def _layers(
 # --- what is not rewritten --------------------------------------------------------------------------------
 
 
-def _side_tables(
-    report: Report, depth: Depth, width: int | None
-) -> list[tuple[tuple[str, str], list[list[str]]]]:
+def _side_tables(report: Report, depth: Depth) -> list[tuple[tuple[str, str], list[list[str]]]]:
     """Tables of two columns: a layer or layers, and why they are not rewritten."""
 
     def of(status: str) -> list[list[str]]:
