@@ -336,10 +336,21 @@ def test_without_javascript_everything_but_sorting_is_there(browser, files):
         page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_it_prints(browser, files):
-    page = opened(browser, files["resnet"], DESKTOP)
+# A4 and US letter without their margins, in CSS pixels
+PAPER = [(718, 1000), (740, 980)]
+
+
+@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("name", ["resnet", "evil", "long"])
+def test_it_fits_on_paper(browser, files, name, size):
+    page = opened(browser, files[name], size)
+    try:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        assert overflowing(page) == []
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
-    assert len(pdf["data"]) > 10_000
+    assert pdf["data"].startswith("JVBERi")  # %PDF
 
 
 # --- the command line -------------------------------------------------------------------------------------
