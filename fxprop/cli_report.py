@@ -22,13 +22,11 @@ from fxprop.errors import CommandError
 from fxprop.inspect import code_diff
 from fxprop.plan import Site
 from fxprop.report import plot
-from fxprop.report.report import Report
+from fxprop.report.report import WIDTH, Report
 from fxprop.report.tree import Depth
 from fxprop.report.wording import shape
 from fxprop.transform import Transformed, estimate, layers, transform
 
-# of text that goes to a file
-_WIDTH = 100
 _PICTURES = ("svg", "png", "pdf")
 
 
@@ -104,7 +102,7 @@ def _report(args: argparse.Namespace) -> str:
     report: Report = by_policy(args, estimate)
     depth: Depth = "all" if args.all else args.depth
     if args.format == "text":
-        return report.to_text(None if args.output == "-" else _WIDTH, depth)
+        return report.to_text(None if args.output == "-" else WIDTH, depth)
     if args.format == "markdown":
         return report.to_markdown(depth or "all")
     return report.to_json() if args.format == "json" else report.to_csv()

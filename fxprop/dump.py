@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -66,16 +65,13 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
     before, after, diff = generated_code(gm, before=True), generated_code(gm), code_diff(gm)
     with stage("describing the environment"):
         environment = _environment()
-    title, *_ = report.to_text().splitlines()
-    totals = report.to_markdown(depth=1)
     counts = [(op, *of_op) for op, of_op in op_counts(gm).items()]
     files = [(f"[{name}]({name})", about) for name, about in _ABOUT.items()]
     index = [
         f"# {report.model}, rewritten by fxprop {__version__}",
-        title,
         tabulate(files, ("file", "what it is"), tablefmt="github"),
         "## Backward FLOPs",
-        totals.partition("\n\n")[2].rstrip(),
+        report.to_markdown(depth=1).rstrip(),
         "## Operations in the graphs",
         tabulate(counts, ("operation", "before", "after"), tablefmt="github"),
         "## To rewrite the same model alike",
@@ -109,5 +105,5 @@ def _environment() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
     threads = f"torch threads {torch.get_num_threads()}"
-    machine: Any = collect_env
-    return "\n".join([*versions, threads, "", machine.get_pretty_env_info(), ""])
+    machine = collect_env.get_pretty_env_info()  # type: ignore[no-untyped-call]
+    return "\n".join([*versions, threads, "", machine, ""])

@@ -117,9 +117,10 @@ class _Section:
 def _sections(gm: nn.Module) -> Iterator[_Section]:
     skipped = (0, 0)
     traced = _traced(gm)
+    in_parts = [path for path, _ in traced] != [""]
     for path, module in traced:
         heading: tuple[str, ...] = ()
-        if [path for path, _ in traced] != [""]:
+        if in_parts:
             heading = (*([""] if skipped != (0, 0) else []), f"# {path or type(module).__name__}")
         before, after = (
             _code(graphs[module.training]) for graphs in (module.fx_graphs_before, module.fx_graphs)

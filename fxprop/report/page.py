@@ -33,21 +33,15 @@ def to_fragment(report: Report) -> str:
     return _render("fragment.html.j2", report)
 
 
-def _render(template: str, report: Report, **more: Any) -> str:
+def _render(name: str, report: Report, **more: Any) -> str:
+    loader = PackageLoader("fxprop.report")
     environment = Environment(
-        loader=PackageLoader("fxprop.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = _breakable
-    files = {
-        name: Markup(environment.loader.get_source(environment, file)[0])
-        for name, file in (("css", "report.css"), ("script", "sort.js"))
-        if environment.loader is not None
-    }
-    return environment.get_template(template).render(view=View(report), **files, **more)
+    css, script = (Markup(loader.get_source(environment, file)[0]) for file in ("report.css", "sort.js"))
+    template = environment.get_template(name)
+    return template.render(view=View(report), css=css, script=script, **more)
 
 
 def _breakable(name: str) -> Markup:
@@ -74,7 +68,7 @@ class Line:
 
     @property
     def row(self) -> Row:
-        """The same as a row of the text wording."""
+        """The same as a row of the text table."""
         return Row(self.layer.name, (self.layer,))
 
     @property
@@ -124,8 +118,8 @@ class Line:
 
     @property
     def kept(self) -> str:
-        """As in the text wording."""
-        return wording.kept(self.row)
+        """As in the text table."""
+        return wording.kept_of(self.layer)
 
     @property
     def weight(self) -> str:
@@ -163,7 +157,7 @@ class View:
     @cached_property
     def rows(self) -> list[Line]:
         """The layers that could be rewritten, in graph order."""
-        layers = [layer for layer in self.report.layers if layer.status != "skipped"]
+        layers = self.report.listed
         longest = max((layer.dense.total for layer in layers if layer.dense), default=0) or 1
         return [Line(layer, self.report, longest) for layer in layers]
 
@@ -199,20 +193,14 @@ class View:
         return wording.COLUMNS
 
     @property
-    def totals(self) -> list[dict[str, Any]]:
+    def totals(self) -> list[tuple[str, list[int]]]:
         """The lines of the table of totals."""
-        return [{"name": name, "counts": counts} for name, counts in wording.total_lines(self.report)]
+        return wording.total_lines(self.report)
 
     @property
     def reasons(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """Under a heading each: what is not rewritten, and why."""
-        named = {"dense": "Left dense", "skipped": "Skipped"}
-        found = [
-            (heading, [(x.name, str(x.reason)) for x in self.report.layers if x.status == status])
-            for status, heading in named.items()
-        ]
-        untraced = [(name or self.report.model, reason) for name, reason in self.report.untraced]
-        return [(heading, lines) for heading, lines in [*found, ("Runs as written", untraced)] if lines]
+        return wording.reasons(self.report)
 
     @property
     def policy(self) -> str:
@@ -221,7 +209,7 @@ class View:
 
     def decision(self, layer: Layer) -> str:
         """What is done with a layer, in a word or two."""
-        return wording.kept(Row(layer.name, (layer,))) if layer.status == "rewritten" else layer.status
+        return wording.kept_of(layer) if layer.status == "rewritten" else layer.status
 
     @property
     def notes(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fxprop.errors import ReportError
 from fxprop.report.units import percent
@@ -17,17 +17,11 @@ def figure(report: Report) -> Any:
 
     Raises ReportError without matplotlib, or if the report has no numbers.
     """
-    layers = [layer for layer in report.layers if layer.dense is not None and layer.status != "skipped"]
+    layers = [layer for layer in report.listed if layer.dense is not None]
     if not layers:
         raise ReportError("nothing to draw: the report has no FLOPs, which need example_inputs")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReportError(
-            "a picture needs matplotlib, which is not installed: pip install 'fxprop[plot]'"
-        ) from error
     unit, totals = report.unit, report.totals
-    drawn = Figure(figsize=(10, 4.5), layout="constrained")
+    drawn = blank(10, 4.5)
     axes: Any = drawn.subplots()
     positions = range(len(layers))
     for column, colour in (("dense", "#c9ced6"), ("executed", "#1f6feb")):
@@ -49,7 +43,18 @@ def figure(report: Report) -> Any:
     return drawn
 
 
-def save(drawn: Any, file: str | os.PathLike[str] | Any, format: str | None = None) -> None:
+def blank(width: float, height: float) -> Any:
+    """A matplotlib figure of that size in inches; ReportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReportError(
+            "a picture needs matplotlib, which is not installed: pip install 'fxprop[plot]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(drawn: Any, file: str | os.PathLike[str] | IO[bytes], format: str | None = None) -> None:
     """Write a matplotlib figure; the name's ending says the format where `format` does not."""
     try:
         drawn.savefig(file, format=format)

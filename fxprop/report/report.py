@@ -20,7 +20,7 @@ from fxprop.version import __version__
 
 SCHEMA = 1
 # of a text that goes to no terminal
-_WIDTH = 100
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ class Report:
     policy: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
+    def listed(self) -> tuple[Layer, ...]:
+        """The layers that could be rewritten: all that are not skipped."""
+        return tuple(layer for layer in self.layers if layer.status != "skipped")
+
+    @property
     def totals(self) -> Totals:
         """The columns summed; `saving` is 0.0 for a backward without FLOPs."""
         if self.other is None:
@@ -235,7 +240,7 @@ class Report:
         All numbers are in one unit; rows that are no subtotals add up to the totals within their rounding.
         """
         if width is None:
-            width = shutil.get_terminal_size((_WIDTH, 24)).columns
+            width = shutil.get_terminal_size((WIDTH, 24)).columns
         return table.to_text(self, width, depth)
 
     def to_markdown(self, depth: Depth = "all") -> str:

@@ -10,7 +10,7 @@ from tabulate import SEPARATING_LINE, tabulate
 
 from fxprop.report.tree import Depth, Row, rows_of
 from fxprop.report.units import percent
-from fxprop.report.wording import COLUMNS, kept, notes, ops, remarks, shape, title, total_lines
+from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
 
 if TYPE_CHECKING:
     from fxprop.report.report import Report
@@ -65,7 +65,6 @@ def _worth_showing(column: str, shown: Sequence[Row]) -> bool:
 
 def _fitting(report: Report, width: int, depth: Depth) -> str:
     """The table with as many of the extra columns as fit, and names as long as fit."""
-
     shown = _shown(report, depth)
 
     def fits(text: str) -> bool:
@@ -110,7 +109,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _shown(report: Report, depth: Depth) -> tuple[Row, ...]:
-    return rows_of([layer for layer in report.layers if layer.status != "skipped"], depth)
+    return rows_of(report.listed, depth)
 
 
 def _layers(
@@ -160,26 +159,20 @@ def _layers(
 
 def _side_tables(report: Report, depth: Depth) -> list[tuple[tuple[str, str], list[list[str]]]]:
     """Tables of two columns: a layer or layers, and why they are not rewritten."""
+    tables = []
+    for heading, lines in reasons(report):
+        if depth != "all" and heading in ("left dense", "skipped"):
+            lines = _by_reason(lines)
+        tables.append(((heading, "because"), [[name, reason] for name, reason in lines]))
+    return tables
 
-    def of(status: str) -> list[list[str]]:
-        because: dict[str, list[str]] = {}
-        for layer in report.layers:
-            if layer.status == status:
-                of_op = f" ({layer.op})" if status == "skipped" else ""
-                because.setdefault(str(layer.reason), []).append(layer.name + of_op)
-        if depth == "all":
-            return [[name, reason] for reason, names in because.items() for name in names]
-        return [[_some(names), reason] for reason, names in because.items()]
 
-    tables = [
-        (("left dense", "because"), of("dense")),
-        (("skipped", "because"), of("skipped")),
-        (
-            ("runs as written", "because"),
-            [[name or report.model, reason] for name, reason in report.untraced],
-        ),
-    ]
-    return [(header, rows) for header, rows in tables if rows]
+def _by_reason(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One line for all that have the same reason."""
+    because: dict[str, list[str]] = {}
+    for name, reason in lines:
+        because.setdefault(reason, []).append(name)
+    return [(_some(names), reason) for reason, names in because.items()]
 
 
 def _some(names: Sequence[str]) -> str:

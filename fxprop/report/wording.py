@@ -54,15 +54,27 @@ def notes(report: Report) -> list[str]:
     return [*found, *([report.note] if report.note else [])]
 
 
+def reasons(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What is not rewritten, and why, under a heading for each kind there is."""
+    dense = [(x.name, str(x.reason)) for x in report.layers if x.status == "dense"]
+    skipped = [(f"{x.name} ({x.op})", str(x.reason)) for x in report.layers if x.status == "skipped"]
+    untraced = [(name or report.model, reason) for name, reason in report.untraced]
+    found = [("left dense", dense), ("skipped", skipped), ("runs as written", untraced)]
+    return [(heading, lines) for heading, lines in found if lines]
+
+
 def kept(row: Row) -> str:
     """What is kept: "13/256 channel" of a layer, "4 layers" or "3 of 4 layers" of a module."""
-    if row.layer is None:
-        rewritten = sum(layer.status == "rewritten" for layer in row.layers)
-        whole = len(row.layers)
-        return f"{whole} layers" if rewritten == whole else f"{rewritten} of {whole} layers"
-    if row.layer.status == "rewritten":
-        return f"{row.layer.k}/{row.layer.n} {row.layer.select}"
-    return "all"
+    if row.layer is not None:
+        return kept_of(row.layer)
+    rewritten = sum(layer.status == "rewritten" for layer in row.layers)
+    whole = len(row.layers)
+    return f"{whole} layers" if rewritten == whole else f"{rewritten} of {whole} layers"
+
+
+def kept_of(layer: Layer) -> str:
+    """ "13/256 channel"; "all" of a dense layer."""
+    return f"{layer.k}/{layer.n} {layer.select}" if layer.status == "rewritten" else "all"
 
 
 def remarks(layer: Layer) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxprop.errors import ReportError
+from fxprop.report.plot import blank, save
 from fxprop.train.measurement import Measurement
 
 
@@ -21,13 +22,7 @@ def plot(measurements: Mapping[str, Measurement], file: str | os.PathLike[str]) 
     lines = {name: _points(measurement) for name, measurement in measurements.items()}
     if not any(lines.values()):
         raise ReportError("nothing to draw over keep: give policies with one keep each (--keep 0.25 0.05)")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReportError(
-            "a picture needs matplotlib, which is not installed: pip install 'fxprop[plot]'"
-        ) from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = blank(7, 4.5)
     axes: Any = figure.subplots()
     for name, points in lines.items():
         keeps, times, low, high, ideal = zip(*points, strict=True)
@@ -40,10 +35,7 @@ def plot(measurements: Mapping[str, Measurement], file: str | os.PathLike[str]) 
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="keep", ylabel="backward time, dense = 1", ylim=(0, None))
     axes.legend(fontsize="small")
-    try:
-        figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot write the picture to {os.fspath(file)!r}: {error}") from error
+    save(figure, file)
 
 
 def _points(measurement: Measurement) -> list[tuple[float, ...]]:
