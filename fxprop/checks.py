@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ModelError, PolicyError, TraceError
 from fxprop.graph.rewrite import is_rewritten
@@ -71,6 +72,13 @@ def check_inputs(
             f"example_kwargs is a {type(example_kwargs).__name__}: expected a dict of keyword inputs"
         )
     args, kwargs = example_inputs or (), dict(example_kwargs or {})
+    for value in pytree.tree_leaves((args, kwargs)):
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            raise InputError(
+                f"the example inputs hold a nested tensor of {value.size(0)} parts, which have no shape in "
+                "common: pass a padded tensor in its place, such as torch.nested.to_padded_tensor(x, 0.0). "
+                "The transformed module takes nested tensors"
+            )
     return args, kwargs
 
 

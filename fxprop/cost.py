@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+from fxprop.ops.select import RANDOM
 from fxprop.plan import Site, Sparsity
 
 # FLOPs in the time that one entry takes between memory and core
@@ -40,8 +41,30 @@ def region_wins(site: Site, sparsity: Sparsity) -> bool:
     return math.prod(site.output_shape) >= least
 
 
+def entries_scored(site: Site, sparsity: Sparsity) -> int:
+    """How many entries of grad_output are read for the scores of a site whose shapes are known.
+
+    A `score_fraction` is a share of a convolution's batch, or of the rows of a product, rounded up.
+    """
+    assert site.output_shape is not None
+    assert site.out_channels is not None
+    if sparsity.score == RANDOM:
+        return 0
+    entries = math.prod(site.output_shape)
+    if sparsity.score_fraction == 1 or not entries:
+        return entries
+    if site.op == "grouped_mm":
+        rows = site.output_shape[0]
+    elif site.is_convolution:
+        batched = site.weight_shape is None or len(site.output_shape) == len(site.weight_shape)
+        rows = site.output_shape[0] if batched else 1
+    else:
+        rows = entries // site.out_channels
+    return math.ceil(sparsity.score_fraction * rows) * entries // rows
+
+
 def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
-    """Why the site had better stay dense; None if a sparse backward should win, or nothing is known."""
+    """Why the site should stay dense; None if a sparse backward should win, or nothing is known."""
     speedup = predicted_speedup(site, sparsity)
     if speedup is None or speedup >= 1:
         return None
@@ -68,12 +91,13 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
             dense += flops + _ENTRY * (output + input + weight)
             sparse += share * flops + _ENTRY * (share * (output + weight) + of_input * input)
             sparse += 1.5 * _ENTRY * weight * weight_is_written  # zeros first
-    scored = 0.0 if sparsity.region or sparsity.score == "random" else sparsity.score_fraction
+    # in a region they come with the pass that the norm's or the activation's backward makes
+    scored = 0 if sparsity.region else entries_scored(site, sparsity)
     # the kept channels and weights are read and written once
     moved = 2 * share * (output + weight)
     if site.is_depthwise:
         moved += _DEPTHWISE_GATHER * share * input + input
-    sparse += _ENTRY * (scored * output + moved)
+    sparse += _ENTRY * (scored + moved)
     return dense / (_UNMODELLED * sparse)
 
 

@@ -10,11 +10,11 @@ class FxpropError(Exception):
 
 
 class ModelError(FxpropError):
-    """The model cannot be used as given (not a module, mixed devices, already transformed, ...)."""
+    """The model cannot be used as given: not a module, on several devices, transformed already."""
 
 
 class InputError(FxpropError):
-    """The example inputs are of the wrong kind, or the model cannot run on them."""
+    """The inputs are of the wrong kind: the model cannot run on them, or its graph was made for others."""
 
 
 class ValuesNeededError(InputError):
@@ -29,12 +29,15 @@ class PolicyError(FxpropError):
     """A policy is malformed, or does not fit the model."""
 
 
-class OpError(FxpropError):
-    """A sparse operator was called with arguments it cannot take."""
+class OpError(FxpropError, RuntimeError):
+    """A sparse operator cannot do what is asked of it: bad arguments, vmap, double backward.
+
+    A RuntimeError too, as torch raises it for its own operators.
+    """
 
 
 class RewriteError(FxpropError):
-    """The rewritten graph failed a check."""
+    """The rewritten graph failed a check: a bug of fxprop's."""
 
 
 class ReportError(FxpropError):

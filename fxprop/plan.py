@@ -118,9 +118,14 @@ class Site:
     # which gradients the dense backward computes here
     needs_grad_input: bool = True
     needs_grad_weight: bool = True
+    # whether its input or weight is complex, which has no sparse backward: then it is skipped
     is_complex: bool = False
     # the user's line that made the node, "file.py:12"; None where not recorded
     source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_complex and self.skip is None:
+            object.__setattr__(self, "skip", "complex tensors have no sparse backward")
 
     @property
     def type(self) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fxprop import cost
-from fxprop.errors import PolicyError
+from fxprop.errors import OpError, PolicyError
 from fxprop.joint import agreeing, chained
 from fxprop.ops.norm_backward import SCORES as REGION_SCORES
 from fxprop.plan import (
@@ -108,7 +108,7 @@ class Rule:
                 raise PolicyError(
                     f"rule: regex={self.regex!r} is not a regular expression: {error}"
                 ) from error
-        check_settings(self, "rule")
+        _check(self, "rule")
 
     def matches(self, site: Site) -> bool:
         """Whether all conditions hold for `site`."""
@@ -190,7 +190,7 @@ class Policy:
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self, "policy")
+        _check(self, "policy")
         for setting in SETTINGS:
             if setting not in ("keep", "k") and getattr(self, setting) is None:
                 raise PolicyError(f"policy: {setting}=None: expected a value; leave it out for the default")
@@ -260,11 +260,6 @@ class Policy:
         settings = self._settings(rule)
         if settings.k is None and (settings.keep is None or settings.keep == 1.0):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
-        if site.is_complex:
-            raise PolicyError(
-                f"layer {site.name!r} has complex tensors, which have no sparse backward; "
-                f"leave it dense with Rule(name={site.name!r}, keep=1.0)"
-            )
         sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
         if site.is_output and not sets_amount:
             return Decision(site, "dense", "output layer", decided_by="output layer")
@@ -304,6 +299,13 @@ class Policy:
         if "keep" in given or "k" in given:
             given = {"keep": None, "k": None, **given}
         return replace(self, rules=(), **given)
+
+
+def _check(settings: Rule | Policy, where: str) -> None:
+    try:
+        check_settings(settings, where)
+    except OpError as error:  # a score that the operators do not know
+        raise PolicyError(str(error)) from None
 
 
 def _fits_region(site: Site, settings: Policy) -> bool:

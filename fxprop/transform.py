@@ -21,12 +21,13 @@ from fxprop.checks import (
     check_not_rewritten,
 )
 from fxprop.errors import InputError
-from fxprop.frontends.module import TracedModule, copy_graphs
+from fxprop.frontends.module import TracedModule
 from fxprop.frontends.record import Run
 from fxprop.frontends.shapes import run_traced
+from fxprop.frontends.stored import copy_graphs
 from fxprop.frontends.submodules import trace_model
-from fxprop.frontends.symbolic import LeafModules
 from fxprop.frontends.traced import Traced
+from fxprop.frontends.tracer import LeafModules
 from fxprop.frontends.tree import copy_tree
 from fxprop.graph.calls import SparseCode
 from fxprop.graph.match import find_sites, with_positions_of
@@ -163,6 +164,9 @@ def restore(gm: nn.Module) -> nn.Module:
             module.fx_uninstall()
         elif isinstance(module, TracedModule):
             module.fx_show_version((), copy_graphs(module.fx_graphs_before))
+    for module in dense.modules():
+        if isinstance(module, TracedModule):
+            module.fx_arm()
     detach(dense)
     return dense
 

@@ -142,16 +142,6 @@ def test_torchscript_is_refused():
         fxprop.transform(scripted, 0.2, (X,))
 
 
-def test_complex_layers_are_refused_unless_left_dense():
-    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4, dtype=torch.complex64))
-    x = torch.randn(2, 4, dtype=torch.complex64)
-    with pytest.raises(PolicyError, match=r"layer '0' has complex tensors.*keep=1.0"):
-        fxprop.transform(model, 0.5, (x,))
-    dense = fxprop.Policy(keep=0.5, rules=[fxprop.Rule(type="Linear", keep=1.0)])
-    gm, _ = fxprop.transform(model, dense, (x,))
-    assert torch.equal(gm(x), model(x))
-
-
 def test_unknown_frontend():
     with pytest.raises(TraceError, match="unknown front-end 'magic': expected"):
         fxprop.transform(small(), 0.2, (X,), frontend="magic")

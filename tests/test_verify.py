@@ -11,6 +11,7 @@ import fxprop
 from fxprop.errors import RewriteError
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.submodules import trace_model
+from fxprop.frontends.tree import copy_tree
 from fxprop.graph.match import find_sites
 from fxprop.graph.rewrite import rewrite
 from fxprop.graph.verify import verify_graph, verify_state
@@ -28,7 +29,7 @@ def test_a_right_rewrite_passes(parts):
     model, traced, plan = parts
     after = rewrite(traced.graph, plan)
     verify_graph(traced.graph, after, plan)
-    verify_state(model, TracedModule(traced.fx_tree(), {True: after, False: after}, "M"))
+    verify_state(model, TracedModule(copy_tree(model), {True: after, False: after}, "M"))
 
 
 def test_a_malformed_graph(parts):
@@ -77,11 +78,11 @@ def test_copied_missing_and_reordered_parameters(parts):
     model, traced, _ = parts
     graphs = traced.fx_graphs
     with pytest.raises(RewriteError, match="a copy of '0.weight'"):
-        verify_state(model, TracedModule(copy.deepcopy(traced.fx_tree()), graphs, "M"))
+        verify_state(model, TracedModule(copy.deepcopy(model), graphs, "M"))
     shorter = nn.Sequential(*list(model)[:-1])
     with pytest.raises(RewriteError, match="named_parameters have other names"):
-        verify_state(shorter, TracedModule(traced.fx_tree(), graphs, "M"))
-    tree = traced.fx_tree()
+        verify_state(shorter, TracedModule(copy_tree(model), graphs, "M"))
+    tree = copy_tree(model)
     tree.register_buffer("more", torch.ones(1))
     with pytest.raises(RewriteError, match="named_buffers have other names"):
         verify_state(model, TracedModule(tree, graphs, "M"))

@@ -22,8 +22,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from fxprop.errors import InputError
+from fxprop.frontends.compiled import uncompile
 from fxprop.frontends.module import TracedModule
+from fxprop.frontends.tensors import Made, storage_of
 from fxprop.frontends.tree import copy_tree
+from fxprop.frontends.untouched import PythonState, untouched
 
 _SEED = 0
 
@@ -63,6 +66,7 @@ class Twin:
         for module in self.root.modules():
             if isinstance(module, TracedModule):
                 module._fx_warns_of_hooks = False  # hooks are what watches the run
+        uncompile(self.root)
         if not real:
             without_data_dependence(self.root)
         self.args: tuple[Any, ...] = self._of_input(args)
@@ -72,19 +76,35 @@ class Twin:
             self.names.setdefault(id(module), name)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Where the twin is run: with autograd on, its mode active, and no trace left behind."""
+    def running(self, training: bool | None = None) -> Iterator[PythonState]:
+        """Where the twin is run, once, in a mode: with autograd on and its mode active.
+
+        No trace is left behind in what the twin shares with the model. Gives the state by which can be
+        told what the run has changed so far.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_logging())
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
             if self.real:
                 torch.manual_seed(_SEED)
+                stack.enter_context(Made())  # parameters are the model's own
             if self.mode is not None:
                 stack.enter_context(self.mode)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _VisibleCheckpoint))
-            yield
+            if training is not None and training != self.root.training:
+                stack.enter_context(untouched(self.root))
+                self.root.train(training)
+            yield stack.enter_context(untouched(self.root, self.args, self.kwargs))
+
+    def labels(self) -> dict[int, str]:
+        """By storage: the names of the twin's parameters and buffers, and what its inputs are called."""
+        inputs = pytree.tree_leaves((self.args, self.kwargs))
+        tensors = {f"input {at}": value for at, value in enumerate(inputs)} | dict(
+            (*self.root.named_buffers(), *self.root.named_parameters())
+        )
+        return {storage_of(t): name for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
     def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:
         twin = self._copy(tensor, self.device if tensor.is_meta else tensor.device, own=False)
@@ -203,3 +223,8 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)
+
+
+def describe_all(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """The tensors and other values in a call's inputs, as error messages show them."""
+    return ", ".join(describe(value) for value in pytree.tree_leaves((args, dict(kwargs))))

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import abc
+from typing import Any
+
 from torch import fx, nn
+
+
+def make_class(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
+    """A new class for one module, unseen by registries that metaclasses of its bases keep.
+
+    (The first of `bases` has an `__init_subclass__` that does nothing, as a user's might want arguments.)
+    """
+    metaclass: Any = type
+    for base in bases:
+        metaclass = type(base) if issubclass(type(base), metaclass) else metaclass
+    maker = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
+    return maker.__new__(metaclass, name, bases, attributes)
 
 
 def is_generated(cls: type) -> bool:
@@ -18,7 +33,10 @@ def generated_class(cls: type[nn.Module]) -> type[nn.Module]:
 def sibling(cls: type[nn.Module]) -> type[nn.Module]:
     """Another class for the code of another graph of the same module."""
     generated = generated_class(cls)
-    return type(generated.__name__, generated.__bases__, {"__qualname__": "GraphModuleImpl"})
+    made: type[nn.Module] = make_class(
+        generated.__name__, generated.__bases__, {"__qualname__": "GraphModuleImpl"}
+    )
+    return made
 
 
 def in_place_of(cls: type[nn.Module], generated: type[nn.Module]) -> type[nn.Module]:
@@ -30,7 +48,7 @@ def in_place_of(cls: type[nn.Module], generated: type[nn.Module]) -> type[nn.Mod
     if cls.__name__ not in tops:
         bases = tuple(generated if base is present else base for base in cls.__bases__)
         own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-        tops[cls.__name__] = type(cls.__name__, bases, own)
+        tops[cls.__name__] = make_class(cls.__name__, bases, own)
         generated._tops = tops  # type: ignore[attr-defined]
     return tops[cls.__name__]
 

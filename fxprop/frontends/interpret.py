@@ -73,9 +73,14 @@ class _Interpreter(fx.Interpreter):
         super().__init__(module, graph=graph)
         self._recording, self._call, self._path = recording, call, path
         self._at: fx.Node | None = None
+        self._versions: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self._at = n
+        for input_ in n.all_input_nodes:
+            value = self.env.get(input_)
+            if isinstance(value, torch.Tensor) and value._version != self._versions[input_]:
+                self.note(input_, value)  # changed in place since, and so its part in autograd's graph
         watch = self._recording.watch
         # a module that is called may have products of its own; a node is recorded here
         muting = n.op != "call_module"
@@ -102,6 +107,7 @@ class _Interpreter(fx.Interpreter):
     def note(self, node: fx.Node, value: Any) -> None:
         """Record the tensor at `node`."""
         if isinstance(value, torch.Tensor):
+            self._versions[node] = value._version
             self._call.outputs[node.name] = self._recording.info(value)
             node.meta["tensor_meta"] = _metadata(value)
 

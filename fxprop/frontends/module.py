@@ -9,32 +9,44 @@ instance of the class it was traced from, with its methods; so its own names beg
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import types
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprop.errors import ModelError, TraceError
-from fxprop.frontends.generated import generated_class, imports_of, in_place_of, sibling
+from fxprop.frontends.assumptions import Assumption, assumptions, hold, modes, told
+from fxprop.frontends.generated import (
+    generated_class,
+    imports_of,
+    in_place_of,
+    make_class,
+    sibling,
+)
 from fxprop.frontends.hooks import registries
-from fxprop.frontends.tree import copy_tree
-
-# training mode -> graph; a missing mode could not be traced
-Graphs = Mapping[bool, fx.Graph]
+from fxprop.frontends.objects import slot_values
+from fxprop.frontends.stored import Graphs, StoredGraphs, copy_graphs
 
 _OWN = (
     "_fx_graphs",
     "_fx_before",
     "_fx_untraced",
     "_fx_base",
+    "_fx_original",
     "_fx_versions",
     "_fx_generated",
     "_fx_uncalled",
     "_fx_warns_of_hooks",
+    "_fx_odd",
+    "_fx_assumptions",
+    "_fx_changed",
+    "_fx_here",
 )
 # how many versions of a rewrite are kept
 _REMEMBERED = 32
@@ -62,9 +74,13 @@ class TracedModule(fx.GraphModule):
         adopted = vars(root).items()
         self.__dict__.update({k: v for k, v in adopted if k not in (*_GRAPH_MODULE, *_OWN)})
         if isinstance(root, fx.GraphModule):
-            self.meta = dict(root.meta)
+            self.meta = dict(vars(root).get("meta", {}))
         self._fx_base: type[nn.Module] = nn.Module
+        self._fx_original: tuple[type[nn.Module], dict[str, Any]] = nn.Module, {}
         self._fx_set(graphs, before, untraced)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        pass  # a user's, further up, might want arguments, or keep a registry
 
     @classmethod
     def fx_install(
@@ -73,30 +89,36 @@ class TracedModule(fx.GraphModule):
         graphs: Graphs,
         before: Graphs | None = None,
         untraced: str = "",
+        class_name: str | None = None,
     ) -> TracedModule:
         """Turn `module` itself into a TracedModule that is still an instance of its class.
 
-        Whatever refers to the module (its parents, lists, bound methods) then sees the traced one.
+        Whatever refers to the module (its parents, lists, bound methods) then sees the traced one. (A
+        GraphModule's class was made for its one graph, and is left behind.)
         """
         if isinstance(module, TracedModule):
             module._fx_set(graphs, before, untraced)
             return module
-        base = type(module)
+        original = type(module), {key: v for key, v in vars(module).items() if key in _GRAPH_MODULE}
+        base = nn.Module if isinstance(module, fx.GraphModule) else type(module)
         blank = fx.GraphModule(nn.Module(), fx.Graph())
         module.__dict__.update({key: vars(blank)[key] for key in _GRAPH_MODULE})
         # the name by which fx knows a class made for one module
-        impl = type(base.__name__, (cls, base), {"__qualname__": "GraphModuleImpl"})
+        bases = (cls,) if base is nn.Module else (cls, base)
+        name = class_name or type(module).__name__
+        impl = make_class(name, bases, {"__qualname__": "GraphModuleImpl"})
         module.__class__ = impl
         assert isinstance(module, TracedModule)
-        module._fx_base = base
+        module._fx_base, module._fx_original = base, original
         module._fx_set(graphs, before, untraced)
         return module
 
     def fx_uninstall(self) -> None:
-        """Be an ordinary module of its class again; the inverse of `install`."""
-        self.__class__ = self._fx_base  # type: ignore[assignment]
+        """Be an ordinary module of its class again; the inverse of `fx_install`."""
+        self.__class__, own = self._fx_original  # type: ignore[assignment]
         for key in (*_GRAPH_MODULE, *_OWN):
             self.__dict__.pop(key, None)
+        self.__dict__.update(own)
 
     def _fx_set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
         self._fx_graphs = dict(graphs)
@@ -106,7 +128,57 @@ class TracedModule(fx.GraphModule):
         # graph -> its generated code, and the class that has it as forward
         self._fx_generated: dict[fx.Graph, tuple[Any, type[nn.Module]]] = {}
         self._fx_warns_of_hooks = True
+        # names of the modules that were in the other mode than this one when it was traced
+        self._fx_odd = frozenset(n for n, m in self.named_modules() if m.training != self.training)
+        # mode -> what its graph takes for granted; empty for copies that fxprop itself works on
+        self._fx_assumptions: dict[bool, list[Assumption]] = {}
+        # what of that has changed, in whose consequence the code runs as written
+        self._fx_changed = ""
+        self._fx_here = self.training
         self._fx_show(self._fx_graphs[self.training])
+
+    def fx_arm(self) -> None:
+        """From now on, notice changes of what the graphs take for granted."""
+        if self._fx_assumptions and not self._fx_changed:
+            self._fx_follow()
+        if self._fx_changed:
+            return
+        graphs, found = self._fx_graphs, {}
+        for mode, graph in graphs.items():
+            found[mode] = assumptions(self, graph)
+            if len({id(graph) for graph in graphs.values()}) > 1:
+                found[mode] += modes(self, graph, functools.partial(self._fx_expected_mode, mode))
+        self._fx_assumptions = found
+
+    def _fx_expected_mode(self, mode: bool, name: str) -> bool:
+        return mode != (name in self._fx_odd and mode == self._fx_here)
+
+    def _fx_follow(self) -> None:
+        """Run the code as written if something has changed that the graph takes for granted; and back."""
+        of_mode = self._fx_assumptions.get(self.training, [])
+        broken = next((one for one in of_mode if not hold(one)), None)
+        if broken is not None and not self._fx_changed:
+            self._fx_run_as_written(told(broken))
+            warnings.warn(
+                f"{type(self).__name__}: {self._fx_changed} has changed since the transform. Its code runs "
+                "as written from now on, with sparse layers one by one; transform the model again for a "
+                "graph of it as it is now.",
+                stacklevel=4,
+            )
+        elif broken is None:
+            # equal values in place of those that were there
+            of_mode[:] = [(function, argument, function(argument)) for function, argument, _ in of_mode]
+            if self._fx_changed:
+                self._fx_changed = ""
+                self.__dict__.pop("forward", None)
+                self._fx_show(self._fx_graphs[self.training])
+
+    def _fx_run_as_written(self, changed: str) -> None:
+        self._fx_changed = changed
+        if self._fx_base is nn.Module:
+            self._fx_show(self._fx_before[self.training])
+        else:
+            self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
 
     def _fx_show(self, graph: fx.Graph) -> None:
         """Run `graph` from now on.
@@ -156,8 +228,11 @@ class TracedModule(fx.GraphModule):
         self._fx_show(self._fx_graphs[self.training])
 
     def fx_after_copy(self) -> None:
-        """Called on a copy made by `copy_tree`, which still refers to the original's classes."""
+        """Called on a copy, which still refers to the original's classes and graphs."""
         self._fx_versions, self._fx_generated = {}, {}
+        self._fx_assumptions = {}
+        if "forward" in vars(self):
+            self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
         self.recompile()
         self._fx_uncalled = _uncalled(self, self._graph)
 
@@ -165,6 +240,17 @@ class TracedModule(fx.GraphModule):
         # nothing that is written in Python may be called here: torch.compile would take it for the model
         if self._fx_warns_of_hooks and any(self._fx_uncalled.values()):
             self._fx_warn_of_hooks()
+        if self._fx_assumptions:
+            changed = False
+            try:
+                for function, argument, value in self._fx_assumptions.get(self.training, ()):
+                    if function(argument) is not value:
+                        changed = True
+                        break
+            except Exception:
+                changed = True
+            if changed != bool(self._fx_changed):
+                self._fx_follow()
         return super().__call__(*args, **kwargs)
 
     def _fx_warn_of_hooks(self) -> None:
@@ -215,27 +301,60 @@ class TracedModule(fx.GraphModule):
                 "that."
             )
         super().train(mode)
-        if self._graph is not self._fx_graphs[mode]:
-            self._fx_show(self._fx_graphs[mode])
+        as_written = self._fx_changed and self._fx_base is nn.Module
+        graph = (self._fx_before if as_written else self._fx_graphs)[mode]
+        if self._graph is not graph:
+            self._fx_show(graph)
         return self
 
-    def fx_tree(self) -> nn.Module:
-        """A module of the original class that holds a copy of the module tree, sharing every tensor."""
-        holder = object.__new__(self._fx_base)
-        dropped = {*_GRAPH_MODULE, *_OWN}
-        holder.__dict__.update({k: v for k, v in vars(self).items() if k not in dropped})
-        return copy_tree(holder)
+    def __copy__(self) -> TracedModule:
+        return self._fx_copied(lambda value: value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
-        tree = copy.deepcopy(self.fx_tree(), memo)
-        graphs = copy_graphs(self._fx_graphs)
-        before = copy_graphs(self._fx_before)
-        return _build(tree, graphs, type(self).__name__, before, self._fx_untraced)
+        return self._fx_copied(lambda value: copy.deepcopy(value, memo), memo)
+
+    def _fx_copied(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> TracedModule:
+        armed = bool(self._fx_assumptions)
+        if armed:
+            self.fx_arm()  # notices what has changed so far
+        made = sibling(generated_class(type(self)))
+        twin: Any = object.__new__(made)
+        if memo is not None:
+            memo[id(self)] = twin
+        graphs, before = copy_graphs(self._fx_graphs), copy_graphs(self._fx_before)
+        own = {key: vars(self)[key] for key in (*_GRAPH_MODULE, *_OWN)}
+        twin.__dict__.update(own | {"_fx_graphs": graphs, "_fx_before": before})
+        for key, value in vars(self).items():
+            if key not in own:
+                twin.__dict__[key] = value if key == "forward" else copied(value)
+        for name, value in slot_values(self):
+            object.__setattr__(twin, name, copied(value))
+        twin.meta = copied(self.meta)
+        shown = next((m for m, graph in self._fx_graphs.items() if graph is self._graph), None)
+        twin.__dict__["_graph"] = before[self.training] if shown is None else graphs[shown]
+        twin.fx_after_copy()
+        if armed:
+            twin.fx_arm()
+        assert isinstance(twin, TracedModule)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tree = self.fx_tree()
-        graphs, before = _Stored.of(tree, self._fx_graphs), _Stored.of(tree, self._fx_before)
-        return _from_stored, (tree, graphs, type(self).__name__, before, self._fx_untraced)
+        if self._fx_assumptions:
+            self.fx_arm()  # notices what has changed so far
+        own = {*_GRAPH_MODULE, *_OWN, *({"forward"} if self._fx_changed else ())}
+        state = {
+            "attributes": {key: value for key, value in vars(self).items() if key not in own},
+            "slots": dict(slot_values(self)),
+            "graphs": StoredGraphs.of(self, self._fx_graphs),
+            "before": StoredGraphs.of(self, self._fx_before),
+            "untraced": self._fx_untraced,
+            "name": type(self).__name__,
+            "odd": self._fx_odd,
+            "armed": bool(self._fx_assumptions),
+            "changed": self._fx_changed,
+        }
+        # the object first, and then what it holds, which may be itself
+        return _blank, (self._fx_base,), state, None, None, _set_state
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # some classes that a module may also be an instance of define their own
@@ -263,60 +382,30 @@ def _uncalled(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping
     return {(name, kind): hooks for name, module in modules for kind, hooks in registries(module).items()}
 
 
-def copy_graphs(graphs: Graphs) -> Graphs:
-    """Copies of the graphs; modes that share one share its copy."""
-    twins = {id(graph): copy.deepcopy(graph) for graph in graphs.values()}
-    return {mode: twins[id(graph)] for mode, graph in graphs.items()}
+def name_in_the_way(module: nn.Module) -> str | None:
+    """A name that both `module` and every GraphModule use; with one it cannot be a TracedModule."""
+    if isinstance(module, fx.GraphModule):
+        return None
+    taken = {*dir(TracedModule), *_GRAPH_MODULE, *_OWN} - {*dir(nn.Module), *vars(nn.Module())}
+    held = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    users = [cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
+    used = held.union(*(vars(cls) for cls in users))
+    return min((name for name in taken & used if not name.startswith("__")), default=None)
 
 
-def _build(tree: nn.Module, graphs: Graphs, class_name: str, before: Graphs, untraced: str) -> TracedModule:
-    if type(tree) is nn.Module:
-        return TracedModule(tree, graphs, class_name, before, untraced)
-    return TracedModule.fx_install(tree, graphs, before, untraced)
+def _blank(base: type[nn.Module]) -> nn.Module:
+    return object.__new__(base)
 
 
-class _Stored(NamedTuple):
-    """Graphs as they can be pickled: generated code, and what is lost when that is traced again."""
-
-    modules: Mapping[bool, fx.GraphModule]
-    # mode -> name and stack trace of every node
-    nodes: Mapping[bool, list[tuple[str, str | None]]]
-
-    @classmethod
-    def of(cls, tree: nn.Module, graphs: Graphs) -> _Stored:
-        """`graphs`, on the module tree that they are of."""
-        modules = {id(graph): fx.GraphModule(tree, copy.deepcopy(graph)) for graph in graphs.values()}
-        nodes = {
-            # tracing leaves out attributes that nothing uses
-            mode: [(n.name, n.stack_trace) for n in graph.nodes if n.users or n.target is not getattr]
-            for mode, graph in graphs.items()
-        }
-        return cls({mode: modules[id(graph)] for mode, graph in graphs.items()}, nodes)
-
-    def graphs(self) -> Graphs:
-        """The graphs again."""
-        named: dict[int, fx.Graph] = {}
-        for mode, module in self.modules.items():
-            if id(module) not in named:
-                named[id(module)] = _with_names(module.graph, self.nodes[mode])
-        return {mode: named[id(module)] for mode, module in self.modules.items()}
-
-
-def _with_names(graph: fx.Graph, nodes: list[tuple[str, str | None]]) -> fx.Graph:
-    """A copy of `graph` whose nodes have these names, by which sites know them."""
-    if len(nodes) != len(graph.nodes):
-        return graph
-    twin = fx.Graph()
-    twin.set_codegen(copy.deepcopy(graph._codegen))
-    of: dict[fx.Node, fx.Node] = {}
-    for node, (name, stack_trace) in zip(graph.nodes, nodes, strict=True):
-        args, kwargs = (fx.map_arg(value, of.__getitem__) for value in (node.args, node.kwargs))
-        of[node] = twin.create_node(node.op, node.target, args, kwargs, name, node.type)
-        of[node].meta = {**node.meta, "stack_trace": stack_trace}
-    return twin
-
-
-def _from_stored(
-    tree: nn.Module, graphs: _Stored, class_name: str, before: _Stored, untraced: str
-) -> TracedModule:
-    return _build(tree, graphs.graphs(), class_name, before.graphs(), untraced)
+def _set_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make of a blank module what `TracedModule.__reduce__` has stored."""
+    vars(module).update(state["attributes"])
+    for name, value in state["slots"].items():
+        object.__setattr__(module, name, value)
+    graphs, before = (state[key].graphs() for key in ("graphs", "before"))
+    traced = TracedModule.fx_install(module, graphs, before, state["untraced"], state["name"])
+    traced._fx_odd = state["odd"]
+    if state["armed"]:
+        traced.fx_arm()
+    if state["changed"]:
+        traced._fx_run_as_written(state["changed"])

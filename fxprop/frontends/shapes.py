@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ValuesNeededError
-from fxprop.frontends.counting import FORMULAS
-from fxprop.frontends.fakes import Twin, describe, has_values
+from fxprop.frontends.counting import flop_counter
+from fxprop.frontends.fakes import Twin, describe_all, has_values
 from fxprop.frontends.interpret import GraphRecorder, on_gradient
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.record import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
@@ -70,7 +70,7 @@ class _Recording:
     ) -> None:
         self._run = Run(real=real)
         self._twin = Twin(traced.root, args, kwargs, real=real)
-        self._twin.root.train(training) if self._twin.root.training != training else None
+        self._training = training
         self._required = {id(tensor) for tensor in self._twin.required}
         self._opaque = traced.opaque
         # autograd functions in the order they were met; held, so that their ids stay theirs
@@ -90,13 +90,10 @@ class _Recording:
                 self._recorded.append(path)
 
     def run(self) -> Run:
-        # slow to import, and only needed here
-        from torch.utils.flop_counter import FlopCounterMode
-
         twin, run = self._twin, self._run
-        with twin.running():
+        with twin.running(self._training):
             with (
-                FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward,
+                flop_counter() as forward,
                 self.watch.watching(),
             ):
                 outputs = self._forward()
@@ -108,7 +105,7 @@ class _Recording:
             self._number_all([self.function(t) for t in losses])
             required = [tensor for tensor in twin.required if tensor.requires_grad]
             if losses and required:
-                with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+                with flop_counter() as backward:
                     self._backward(losses, required)
                 run.backward_flops = backward.get_total_flops()
         self._settle()
@@ -116,7 +113,7 @@ class _Recording:
 
     def _forward(self) -> Any:
         twin = self._twin
-        given = ", ".join(describe(value) for value in pytree.tree_leaves((twin.args, twin.kwargs)))
+        given = describe_all(twin.args, twin.kwargs)
         try:
             return twin.root(*twin.args, **twin.kwargs)
         except InputError:

@@ -9,52 +9,32 @@ is written; the products with parameters in it are replaced as they are called (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from fxprop.errors import InputError, TraceError, ValuesNeededError
+from fxprop.errors import InputError, TraceError
+from fxprop.frontends.agreement import disagreements
 from fxprop.frontends.attention import TraceableAttention, is_attention
 from fxprop.frontends.export import trace_exported
-from fxprop.frontends.fakes import Twin, has_values
 from fxprop.frontends.hooks import preserved
 from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
-from fxprop.frontends.module import Graphs, TracedModule
-from fxprop.frontends.symbolic import LeafModules, TracedGraphs, bind_arguments, trace_modes
+from fxprop.frontends.module import TracedModule, name_in_the_way
+from fxprop.frontends.observe import CallPattern, Observation, observe, run_observed
+from fxprop.frontends.reach import reads_its_mode
+from fxprop.frontends.stored import Graphs
+from fxprop.frontends.symbolic import TracedGraphs, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
+from fxprop.frontends.tracer import LeafModules, the_model
 from fxprop.frontends.tree import copy_tree
-from fxprop.frontends.watch import Watch
 from fxprop.ops.table import (
-    Product,
     arguments,
     dense_function,
     read_module,
     registered_classes,
 )
-
-
-@dataclass(frozen=True)
-class CallPattern:
-    """How a module was called once."""
-
-    # every argument that was given is a tensor, and every one that the module takes was given
-    plain: bool
-    # it was given one tensor and nothing else
-    one_tensor: bool
-    # "query is key" and the like, for attention
-    same: frozenset[str]
-
-
-@dataclass
-class Observation:
-    """What one run of the untouched model showed."""
-
-    calls: dict[str, list[CallPattern]] = field(default_factory=dict)
-    # (module at work, parameter) of every product with a parameter
-    products: dict[tuple[str, str], None] = field(default_factory=dict)
 
 
 def trace_model(
@@ -85,8 +65,7 @@ def trace_model(
     descent = _Descent(model, inputs, leaf_modules, preserved(model, preserve_modules))
     if frontend != "submodules":
         try:
-            descent.trace("", model, given)
-            return descent.assemble("symbolic")
+            return descent.agreeing("symbolic", lambda: descent.trace("", model, given))
         except TraceError as error:
             if frontend == "symbolic":
                 raise
@@ -95,11 +74,10 @@ def trace_model(
                     f"{error} With example_inputs fxprop can also trace the parts of a model that cannot "
                     "be traced whole."
                 ) from error
-            descent.untraced[""] = str(error)
+            descent.refuse("", str(error))
     elif inputs is None:
         raise TraceError("the submodules front-end needs example_inputs: it has to see the model run")
-    descent.visit("", model, whole=False)
-    return descent.assemble("submodules")
+    return descent.agreeing("submodules", lambda: descent.visit("", model, whole=False))
 
 
 class _Descent:
@@ -114,14 +92,64 @@ class _Descent:
     ) -> None:
         self._preserve = preserve
         self._model, self._inputs, self._leaf_modules = model, inputs, leaf_modules
+        self._observed: dict[bool, Observation] = {}
+        # parts whose graph would not do what they do, and why
+        self._refused: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self._graphs: dict[str, TracedGraphs] = {}
-        self.untraced: dict[str, str] = {}
+        self.untraced: dict[str, str] = {path: why for path, why in self._refused.items() if path == ""}
         self._opaque: dict[str, str] = {}
-        self._observed: Observation | None = None
         self._visited: set[int] = set()
+
+    def refuse(self, path: str, why: str) -> None:
+        """Never take the module at `path` as one graph."""
+        self._refused[path] = why
+
+    def agreeing(self, frontend: str, go_down: Callable[[], None]) -> Traced:
+        """The model with all graphs that `go_down` finds and that do what the model does.
+
+        Parts whose graph does not are taken apart, and it begins again.
+        """
+        while True:
+            self._begin()
+            go_down()
+            traced = self.assemble(frontend)
+            found = self._disagreements(traced)
+            if not found:
+                return traced
+            if frontend == "symbolic" and "" in found:
+                raise TraceError(f"torch.fx cannot trace {the_model(self._model)}: {found['']}.")
+            self._refused |= found
+
+    def _disagreements(self, traced: Traced) -> dict[str, str]:
+        found: dict[str, str] = {}
+        here = self._model.training
+        for training in (here, not here) if reads_its_mode(self._model) else (here,):
+            pieces = {path for path, piece in traced.pieces.items() if training in piece.fx_graphs}
+            if self._inputs is None or not pieces:
+                continue
+            try:
+                model = self.observed(training)
+            except InputError:
+                if training == here:
+                    raise
+                continue  # it cannot run in that mode: batch norm on a batch of one
+            run = run_observed(traced.root, *self._inputs, training, real=model.real)
+            found |= disagreements(model, run, pieces, train=training)
+        return found
 
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:
         """Take `module` as one graph; its leaves that hold more are visited on their own."""
+        if path in self._refused:
+            raise TraceError(self._refused[path])
+        taken = name_in_the_way(module)
+        if taken is not None:
+            raise TraceError(
+                f"{type(module).__name__} has an attribute, method or child {taken!r}, which a GraphModule "
+                "uses itself"
+            )
         leaves: set[str] = set()
         preserve = self._preserve - {path}
         while True:
@@ -152,7 +180,7 @@ class _Descent:
         if is_dense(module):
             self._opaque[path] = ""
             return
-        called = self._inputs is None or path in self.observed.calls
+        called = self._inputs is None or path in self._here.calls
         if whole and called:
             try:
                 self._trace_part(path, module)
@@ -169,7 +197,7 @@ class _Descent:
             self._opaque[path] = f"it cannot be traced: {self.untraced[path]}"
 
     def _trace_part(self, path: str, module: nn.Module) -> None:
-        calls = self.observed.calls[path] if self._inputs is not None else [_unseen(module)]
+        calls = self._here.calls[path] if self._inputs is not None else [_unseen(module)]
         given: Mapping[str, Any] | None = None
         part = module
         if is_attention(module):
@@ -186,13 +214,16 @@ class _Descent:
             given = {}
         self.trace(path, part, given)
 
-    @property
-    def observed(self) -> Observation:
-        """One run of the model; made when it is first needed."""
-        if self._observed is None:
+    def observed(self, training: bool) -> Observation:
+        """One run of the model in a mode; made when it is first needed."""
+        if training not in self._observed:
             assert self._inputs is not None
-            self._observed = observe(self._model, *self._inputs)
-        return self._observed
+            self._observed[training] = observe(self._model, *self._inputs, training)
+        return self._observed[training]
+
+    @property
+    def _here(self) -> Observation:
+        return self.observed(self._model.training)
 
     def _leaf_types(self) -> list[type[nn.Module]]:
         return [leaf for leaf in self._leaf_modules if not isinstance(leaf, str)]
@@ -217,7 +248,7 @@ class _Descent:
                 root = pieces[""] = TracedModule(part, traced.graphs, name, untraced=traced.untraced)
         products: dict[str, tuple[str, ...]] = {}
         if self._inputs is not None and self.untraced:
-            for module, parameter in self.observed.products:
+            for module, parameter in self._here.products:
                 if module in self.untraced:
                     products[module] = (*products.get(module, ()), parameter)
         return Traced(
@@ -281,63 +312,6 @@ def _called(graphs: Graphs) -> list[str]:
     """The modules that the graphs call."""
     nodes = (node for graph in graphs.values() for node in graph.nodes)
     return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
-
-
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    """Run the untouched model once, on fake tensors or, where it reads values, on real ones."""
-    try:
-        return _observe(model, args, kwargs, real=False)
-    except Exception as error:
-        if not has_values(model, args, kwargs):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValuesNeededError(
-                f"the model cannot run on fake tensors, which have shapes but no values: {reason}. Give "
-                "example inputs that are real, and a model with real weights."
-            ) from error
-    try:
-        return _observe(model, args, kwargs, real=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the model cannot run on the example inputs: {reason}. Pass inputs of the shape, dtype and "
-            "device that the model takes."
-        ) from error
-
-
-@torch.inference_mode(False)
-def _observe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, real: bool
-) -> Observation:
-    found = Observation()
-    twin = Twin(model, args, kwargs, real=real)
-
-    def on_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.calls.setdefault(name, []).append(_pattern(module, args, kwargs))
-
-    def on_product(module: str, parameter: str, product: Product, result: Any, source: str | None) -> None:
-        found.products.setdefault((module, parameter))
-
-    with twin.running(), Watch(twin, on_call, on_product).watching():
-        twin.root(*twin.args, **twin.kwargs)
-    return found
-
-
-def _pattern(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallPattern:
-    signature = inspect.signature(module.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError:
-        return CallPattern(plain=False, one_tensor=False, same=frozenset())
-    named = all(
-        p.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        for p in signature.parameters.values()
-    )
-    given = bound.arguments
-    tensors = all(isinstance(value, torch.Tensor) for value in given.values())
-    pairs = (("query", "key"), ("key", "value"))
-    same = {f"{a} is {b}" for a, b in pairs if given.get(a) is not None and given.get(a) is given.get(b)}
-    plain = named and tensors and len(given) == len(signature.parameters)
-    return CallPattern(plain, tensors and len(given) == 1, frozenset(same))
 
 
 def _unseen(module: nn.Module) -> CallPattern:

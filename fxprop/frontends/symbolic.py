@@ -6,33 +6,24 @@ its module tree is traced. Knows nothing of sparsity.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import copy
 import inspect
-import linecache
-import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.immutable_collections import immutable_dict
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import InputError, TraceError
-from fxprop.frontends import attention
-from fxprop.frontends.fakes import describe
-from fxprop.frontends.leaves import SITE_MODULES
-from fxprop.frontends.module import Graphs, TracedModule, copy_graphs
-from fxprop.frontends.source import users_stack
+from fxprop.frontends.compiled import uncompile
+from fxprop.frontends.module import TracedModule
+from fxprop.frontends.source import users_line
+from fxprop.frontends.stored import Graphs, copy_graphs
+from fxprop.frontends.tensors import Made, is_random, storage_of, tensors_in
+from fxprop.frontends.tracer import LeafModules, SiteTracer, the_model
 from fxprop.frontends.tree import copy_tree
-from fxprop.ops.table import registered_classes
-
-# module types, or qualified names, that are kept as one call
-LeafModules = Collection[type[nn.Module] | str]
-
-_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from fxprop.frontends.untouched import AUTOCAST, draws, global_state_kept, tensors_kept, untouched
 
 
 class TracedGraphs(NamedTuple):
@@ -61,194 +52,125 @@ def trace_modes(
     """
     if isinstance(model, TracedModule):
         return TracedGraphs(copy_graphs(model.fx_graphs), model.fx_untraced, {})
-    if isinstance(model, fx.GraphModule):
-        return TracedGraphs(copy_graphs(dict.fromkeys((True, False), model.graph)), "", {})
-    here, why = model.training, ""
     tree = copy_tree(model)
-    graphs = {here: SiteTracer(leaf_modules, given).trace(tree)}
-    # of the traced copy, so that a constant has one name in both
-    other_tree = copy_tree(tree)
-    for module in other_tree.modules():
-        module.training = not here
-    try:
-        there = SiteTracer(leaf_modules, given).trace(other_tree)
-    except TraceError as error:
-        why = str(error)
-    else:
-        same = there.python_code("self").src == graphs[here].python_code("self").src
-        graphs[not here] = graphs[here] if same else there
-        tree = other_tree
-    named = {str(n.target) for graph in graphs.values() for n in graph.nodes if n.op == "get_attr"}
-    constants = {key: value for key, value in vars(tree).items() if key in named - set(vars(model))}
-    return TracedGraphs(graphs, why, constants)
+    uncompile(tree)
+    here = model.training
+    with tensors_kept(model), Made():
+        if isinstance(model, fx.GraphModule):
+            return TracedGraphs(_graphs_of(tree), "", {})
+        first = _Trace(leaf_modules, given, tree)
+        # of the traced copy, so that a constant has one name in both
+        other_tree = copy_tree(tree)
+        vars(other_tree).update(first.constants)
+        try:
+            with untouched(other_tree):
+                other_tree.train(not here)
+                there = _Trace(leaf_modules, given, other_tree, like=first.graph)
+        except TraceError as error:
+            return TracedGraphs({here: first.graph}, str(error), first.constants)
+    return TracedGraphs({here: first.graph, not here: there.graph}, "", first.constants | there.constants)
 
 
-@fx.has_side_effect
-def check_fixed(value: Any, name: str, fixed: Any) -> None:
-    """Raise InputError unless `value` is what argument `name` was fixed to when the graph was made."""
-    if has_torch_function((value,)):
-        # a proxy: the generated code is being traced again
-        handle_torch_function(check_fixed, (value,), value, name, fixed)
-        return
-    if not (value is fixed or (type(value) is type(fixed) and value == fixed)):
-        raise InputError(
-            f"argument {name!r} is {describe(value)}, but the graph was made for {name}={fixed!r}; "
-            "transform again with that value in example_inputs or example_kwargs"
-        )
+def _graphs_of(twin: Any) -> Graphs:
+    """The graphs that a GraphModule has in its two modes, for subclasses that switch."""
+    here, graph = twin.training, copy.deepcopy(twin.graph)
+    twin.train(not here)
+    return {here: graph, not here: graph if same_graph(twin.graph, graph) else copy.deepcopy(twin.graph)}
 
 
-class SiteTracer(fx.Tracer):
-    """fx.Tracer that records source lines and keeps stateful layers whole.
+class _Trace:
+    """One trace of a tree, which is as before afterwards; TraceError if a graph would lose something."""
 
-    Leaves, besides torch.nn's own modules: every conv and linear subclass; normalisation and dropout
-    from anywhere, and other weightless modules that read `self.training` (their behaviour must follow
-    train() and eval()); what the user names.
-    """
+    def __init__(
+        self,
+        leaf_modules: LeafModules,
+        given: Mapping[str, Any] | None,
+        tree: nn.Module,
+        like: fx.Graph | None = None,
+    ) -> None:
+        self._leaf_modules, self._given, self._tree = leaf_modules, given, tree
+        with untouched(tree) as self._state:
+            self._run(like)
 
-    def __init__(self, leaf_modules: LeafModules = (), given: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.record_stack_traces = True
-        self._leaf_types = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
-        self._leaf_names = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
-        # None: fix nothing, as when generated code is traced again
-        self._given = given
-        self._failed_in: str | None = None
-        self._modes = _modes()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            # a graph does not hold the context, and would compute with the gradients it forbids
+    def _run(self, like: fx.Graph | None) -> None:
+        # with tensors that the code makes once, by the name under which the graph fetches them
+        # (noting source lines takes longest: only for a graph that is new)
+        self.graph, self.constants = self._traced(lines=like is None)
+        if like is not None and same_graph(self.graph, like):
+            self.graph, self.constants = like, {}
+        elif like is not None:
+            self.graph, self.constants = self._traced(lines=True)
+        with _other_surroundings():
+            elsewhere, _ = self._traced(lines=False)
+        if not same_graph(elsewhere, self.graph):
             raise TraceError(
-                "code inside torch.no_grad(), torch.autocast(), torch.utils.checkpoint or hooks on saved "
-                "tensors cannot be kept in an fx graph"
+                f"torch.fx cannot trace {the_model(self._tree)}: its code asks whether gradients or "
+                "autocast are enabled, and a graph would hold the answer it got while it was made"
             )
-        node = super().create_node(*args, **kwargs)
-        if node.stack_trace is not None:
-            node.stack_trace = users_stack(node.stack_trace)
-        return node
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, self._leaf_types) or module_qualified_name in self._leaf_names:
-            return True
-        if attention.is_attention(m):
-            return False
-        if isinstance(m, (*SITE_MODULES, *registered_classes())) or super().is_leaf_module(
-            m, module_qualified_name
-        ):
-            return True
-        if isinstance(m, (*_NORM_MODULES, nn.modules.dropout._DropoutNd)):
-            return True
-        return not _holds_weights(m) and _depends_on_mode(m)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if attention.is_attention(m):
-            forward = functools.partial(attention.forward, m)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self._failed_in is None:
-                self._failed_in = f"module {self.path_of_module(m)!r} ({type(m).__name__})"
-            raise
-
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is OrderedDict:
-            # fx would make it a plain dict
-            items = [(key, value) for key, value in a.items()]
-            return self.create_proxy("call_function", OrderedDict, (items,), {}).node
-        if isinstance(a, dict) and type(a) is not dict and not isinstance(a, immutable_dict):
-            raise TraceError(f"a {type(a).__name__}, which an fx graph would turn into a plain dict")
-        return super().create_arg(a)
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        # A placeholder for an optional argument would look "given" to `if mask is not None`. So what
-        # the caller leaves out, and what is no tensor, becomes the constant it is.
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        if self._given is None:
-            return fn, args
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(inspect.unwrap(root_fn)).parameters.items()
-        }
-        for position, arg in enumerate(args):
-            if not isinstance(arg, fx.Proxy):
-                continue
-            name = str(arg.node.target)
-            value = self._given.get(name, defaults.get(name, inspect.Parameter.empty))
-            if value is None or isinstance(value, bool | int | float | str):
-                self.create_proxy("call_function", check_fixed, (arg, name, value), {})
-                args[position] = value
-        return fn, args
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        if "forward" in vars(root):
-            # fx would trace the class's
-            raise TraceError(f"the forward of this {type(root).__name__} was replaced on the instance")
-        try:
-            graph = super().trace(root, concrete_args)
-            _check_stores_nothing(root)
-            return graph
-        except InputError:
-            raise
-        except Exception as error:
-            where = self._failed_in or f"the model itself ({type(root).__name__})"
-            raise TraceError(_explain(error, where)) from error
+    def _traced(self, *, lines: bool) -> tuple[fx.Graph, dict[str, Any]]:
+        tracer = SiteTracer(self._leaf_modules, self._given)
+        tracer.record_stack_traces = lines
+        with draws() as drawn, _FrozenValues(self._tree) as frozen:
+            graph = tracer.trace(self._tree)
+        constants = {name: vars(self._tree)[name] for name in tracer.fresh}
+        made = {f"attribute {name!r} of the model" for name in tracer.fresh}
+        changes = [change for change in self._state.changes() if change not in made]
+        self._state.restore()
+        faults = [
+            *frozen.faults,
+            *(f"its code changes {change}, which a graph would not do" for change in changes),
+            *(f"its code draws numbers from {name}, once for all in a graph" for name in drawn),
+        ]
+        if faults:
+            raise TraceError(f"torch.fx cannot trace {the_model(self._tree)}: {'; '.join(faults[:3])}")
+        return graph, constants
 
 
-def _modes() -> tuple[object, ...]:
-    # private, but nothing public tells; True: also while torch.compile or fx is tracing
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (
-        torch.is_grad_enabled(),
-        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
-        None if hooks is None else id(hooks[0]),
+def same_graph(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs compute the same."""
+    return len(one.nodes) == len(other.nodes) and all(
+        a.op == b.op and a.target == b.target and str((a.args, a.kwargs)) == str((b.args, b.kwargs))
+        for a, b in zip(one.nodes, other.nodes, strict=True)
     )
 
 
-def _check_stores_nothing(root: nn.Module) -> None:
-    """Raise TraceError if the code has put one of its tensors in an attribute, which a graph would not."""
-    for name, module in root.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, fx.Proxy) or (
-                isinstance(value, list | tuple) and any(isinstance(v, fx.Proxy) for v in value)
-            ):
-                raise TraceError(
-                    f"module {name!r} stores a tensor in its attribute {attribute!r}, which an fx graph "
-                    "would not do"
-                )
+@contextlib.contextmanager
+def _other_surroundings() -> Iterator[None]:
+    """Where gradients are disabled if they are enabled here, and autocast is on if it is off."""
+    with global_state_kept():
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        for kind in AUTOCAST:
+            torch.set_autocast_enabled(kind, not torch.is_autocast_enabled(kind))
+        yield
 
 
-def _holds_weights(module: nn.Module) -> bool:
-    """Whether a conv, linear or raw matrix weight lives inside, which a leaf would hide."""
-    return any(isinstance(m, tuple(SITE_MODULES)) for m in module.modules()) or any(
-        p.dim() >= 2 for p in module.parameters()
-    )
+class _FrozenValues(Made):  # type: ignore[no-untyped-call]
+    """Refuses what code does to real tensors while it is traced if a graph would do it once for all."""
 
+    def __init__(self, tree: nn.Module) -> None:
+        super().__init__()
+        named = (*tree.named_parameters(), *tree.named_buffers())
+        self._state = {storage_of(tensor): name for name, tensor in named}
+        self.faults: list[str] = []
 
-def _depends_on_mode(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    if "norm" in name or "drop" in name:
-        return True
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "training" in code.co_names
-
-
-def _explain(error: Exception, where: str) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    own, fx_files = Path(__file__), Path(inspect.getfile(fx)).parent
-    users = [f for f in frames if Path(f.filename) != own and fx_files not in Path(f.filename).parents]
-    # the user's own line says more than the line inside torch.nn that it led to
-    torch_files = Path(torch.__file__).parent
-    outside = [f for f in users if torch_files not in Path(f.filename).parents]
-    frame = (outside or users or list(frames))[-1]
-    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`: {reason}. "
-        "Keep that module as one call with leaf_modules=[...] (its class or its name; its layers then stay "
-        "dense), or move the line into a function marked with torch.fx.wrap."
-    )
+    def called(
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: list[torch.Tensor]
+    ) -> Any:
+        name = str(function).removesuffix(".default")
+        read = [self._state.get(storage_of(tensor)) for tensor in tensors_in((*args, *kwargs.values()))]
+        state = next((name for name in read if name is not None), None)
+        fault = ""
+        if is_random(function):
+            fault = f"{name} draws random numbers that do not depend on the inputs, once for all in a graph"
+        elif written:
+            fault = f"{name} writes in place to a tensor that outlasts the call, which a graph would not do"
+        elif state is not None:
+            fault = f"{name} computes with {state!r}, whose present value a graph would hold for ever"
+        if fault:
+            self.faults.append(f"{users_line()}: {fault}")
+            raise TraceError(fault)
+        return function(*args, **kwargs)
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

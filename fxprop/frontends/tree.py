@@ -6,15 +6,19 @@ lands there and never on the model that was passed in.
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxprop.frontends.compiled import IN_PLACE, compiled_again, is_compiled, original_of
 from fxprop.frontends.generated import is_generated, sibling
+from fxprop.frontends.objects import CACHED, cell_value, held_by, is_holder, packages_of, slot_values
 
 
 def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
@@ -24,25 +28,32 @@ def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = 
     >>> twin.fc is model.fc, twin.fc.weight is model.fc.weight
     (False, True)
 
-    References between modules (in lists, dicts, bound methods, partials) point into the copy. Whatever
-    else a module holds is shared. A tensor or module met twice is mapped once.
+    References between modules point into the copy, also those in lists, dicts, plain objects of the
+    model's own, bound methods, closures and weak references. Whatever else a module holds is shared. A
+    tensor or module met twice is mapped once.
     """
-    return _Copier(tensor).module(root)
+    return _Copier(root, tensor).module(root)
 
 
 class _Copier:
-    def __init__(self, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensor = tensor
+        self._packages = packages_of(root)
         self._done: dict[int, Any] = {}
         # keeps the originals alive, so that an id in `_done` cannot be reused
         self._seen: list[Any] = []
+        self._lead = _leading_to_modules(root, self._packages)
 
     def module(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self._done and is_compiled(module):
+            self._remember(module, compiled_again(module, self.module(original_of(module))))
         if id(module) not in self._done:
             generated = is_generated(type(module))
             twin: Any = object.__new__(sibling(type(module)) if generated else type(module))
             self._remember(module, twin)
-            twin.__dict__.update({key: self.value(v) for key, v in vars(module).items()})
+            twin.__dict__.update({key: self.value(v) for key, v in vars(module).items() if key != IN_PLACE})
+            for name, value in slot_values(module):
+                object.__setattr__(twin, name, self.value(value))
             if generated:  # the class of the original is for that one alone
                 getattr(twin, "fx_after_copy", twin.recompile)()
         twin = self._done[id(module)]
@@ -58,24 +69,67 @@ class _Copier:
             return self._remember(value, self._tensor(value))
         if isinstance(value, dict):
             return self._dict(value)
-        if type(value) in (list, set):
-            twin = self._remember(value, type(value)())
+        if type(value) in (list, set, collections.deque):
+            twin = self._remember(value, value.copy())
             copies = [self.value(item) for item in value]
-            twin.extend(copies) if isinstance(twin, list) else twin.update(copies)
+            twin.clear()
+            twin.update(copies) if isinstance(twin, set) else twin.extend(copies)
             return twin
         if isinstance(value, tuple):
             items = tuple(self.value(item) for item in value)
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            return types.MethodType(value.__func__, self.module(value.__self__))
-        if type(value) is functools.partial:
+        return self._through(value) if id(value) in self._lead else value
+
+    def _through(self, value: Any) -> Any:
+        """A copy of an object through which a module is reached."""
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.value(value.__func__), self.value(value.__self__))
+        if isinstance(value, functools.partial):
             keywords = {key: self.value(v) for key, v in value.keywords.items()}
             return functools.partial(
                 self.value(value.func), *(self.value(a) for a in value.args), **keywords
             )
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if type(value) is CACHED:
+            again = functools.lru_cache(**value.cache_parameters())
+            return self._remember(value, again(self.value(value.__wrapped__)))
+        if isinstance(value, weakref.ref):
+            return type(value)(self.value(value()))
+        if is_holder(value, self._packages):
+            return self._holder(value)
         return value
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        cells = tuple(self._cell(cell) for cell in function.__closure__ or ())
+        code, name = function.__code__, function.__name__
+        twin = types.FunctionType(code, function.__globals__, name, function.__defaults__, cells)
+        self._remember(function, twin)
+        twin.__kwdefaults__ = function.__kwdefaults__
+        functools.update_wrapper(twin, function)
+        twin.__dict__.update({key: self.value(held) for key, held in vars(function).items()})
+        return twin
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        if id(cell) not in self._done:
+            made = self._remember(cell, types.CellType())
+            made.cell_contents = self.value(cell_value(cell))
+        twin: types.CellType = self._done[id(cell)]
+        return twin
+
+    def _holder(self, value: Any) -> Any:
+        try:
+            twin = self._remember(value, object.__new__(type(value)))
+        except TypeError:
+            return value  # more than its attributes
+        getattr(twin, "__dict__", {}).update(
+            {key: self.value(v) for key, v in getattr(value, "__dict__", {}).items()}
+        )
+        for name, held in slot_values(value):
+            object.__setattr__(twin, name, self.value(held))
+        return twin
 
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
         # copy() keeps the class and what it carries (OrderedDict, defaultdict)
@@ -90,3 +144,27 @@ class _Copier:
         self._seen.append(original)
         self._done[id(original)] = twin
         return twin
+
+
+def _leading_to_modules(root: nn.Module, packages: frozenset[str]) -> set[int]:
+    """The ids of all objects through which a module in `root` is reached."""
+    holders: dict[int, list[Any]] = {}
+    seen: dict[int, Any] = {id(root): root}
+    waiting: list[Any] = [root]
+    found: list[Any] = []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module):
+            found.append(value)
+        for held in held_by(value, packages):
+            holders.setdefault(id(held), []).append(value)
+            if id(held) not in seen:
+                seen[id(held)] = held
+                waiting.append(held)
+    leading: set[int] = set()
+    while found:
+        for holder in holders.get(id(found.pop()), ()):
+            if id(holder) not in leading:
+                leading.add(id(holder))
+                found.append(holder)
+    return leading

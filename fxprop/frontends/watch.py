@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxprop.frontends.fakes import Twin
+from fxprop.frontends.source import users_line
 from fxprop.ops.calls import ProductMode
 from fxprop.ops.table import Product
-
-_TORCH = Path(torch.__file__).parent
-_HERE = Path(__file__).parent.parent
 
 # (module at work, parameter, product, result, source line)
 OnProduct = Callable[[str, str, Product, Any, str | None], None]
@@ -29,14 +27,18 @@ class Watch:
     def __init__(self, twin: Twin, on_call: OnCall, on_product: OnProduct) -> None:
         self._twin = twin
         self._on_call, self._on_product = on_call, on_product
-        self._at: list[str] = []
+        # the calls of modules at work, from the outermost: (name, how many-th call of it)
+        self.stack: list[tuple[str, int]] = []
+        self._counts: Counter[str] = Counter()
+        # the stack where an error came from
+        self.failed: list[tuple[str, int]] | None = None
         # inside a graph that is being recorded node by node
         self.muted = 0
 
     @property
     def at(self) -> str | None:
         """The innermost module whose forward is running."""
-        return self._at[-1] if self._at else None
+        return self.stack[-1][0] if self.stack else None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,24 +61,18 @@ class Watch:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._twin.names[id(module)]
-        self._at.append(name)
+        self.stack.append((name, self._counts[name]))
+        self._counts[name] += 1
         if not self.muted:
             self._on_call(name, module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        self._at.pop()
+        if sys.exc_info()[0] is not None and self.failed is None:
+            self.failed = list(self.stack)
+        self.stack.pop()
 
     def _product(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
         result = dense()
         if not self.muted and self.at is not None:
-            self._on_product(self.at, name, product, result, _users_line())
+            self._on_product(self.at, name, product, result, users_line() or None)
         return result
-
-
-def _users_line() -> str | None:
-    """The innermost line that is neither torch's nor ours."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if _TORCH not in path.parents and _HERE not in path.parents:
-            return f"{frame.filename}:{frame.lineno}"
-    return None

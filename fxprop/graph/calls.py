@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from fxprop.errors import ModelError
+from fxprop.frontends.generated import make_class
 from fxprop.frontends.record import ProductCall, TensorInfo
 from fxprop.graph.functions import type_names
 from fxprop.ops.calls import ProductPlan, SparseProducts
@@ -67,6 +68,9 @@ class SparseCode(nn.Module):
     # a forward that was put on the instance, which would hide the class's
     _fx_own_forward: Callable[..., Any] | None
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        pass  # a user's, further up, might want arguments, or keep a registry
+
     @staticmethod
     def fx_install(module: nn.Module, plan: ProductPlan) -> None:
         """Make the products of `module`'s code with the parameters in `plan` sparse."""
@@ -75,7 +79,7 @@ class SparseCode(nn.Module):
         module.__dict__["_fx_sparse"] = plan
         module.__dict__["_fx_dense_class"] = type(module)
         module.__dict__["_fx_own_forward"] = module.__dict__.pop("forward", None)
-        module.__class__ = _class_for(type(module))
+        module.__class__ = _class_for(cast(Hashable, type(module)))
 
     def fx_uninstall(self) -> None:
         """Be an ordinary module again."""
@@ -112,14 +116,17 @@ class SparseCode(nn.Module):
         return _rebuild, (self._fx_dense_class, state, self._fx_sparse)
 
 
-def _class_for(base: type[nn.Module]) -> type[nn.Module]:
+@functools.lru_cache(maxsize=1024)  # torch.compile tells modules apart by their class
+def _class_for(base: Any) -> type[nn.Module]:
     """`base` with a sparse forward, of the same signature and under the same name."""
 
     @functools.wraps(base.forward)
     def forward(self: SparseCode, *args: Any, **kwargs: Any) -> Any:
         return self.fx_sparse_forward(*args, **kwargs)
 
-    return type(base.__name__, (SparseCode, base), {"forward": forward, "__module__": base.__module__})
+    own = {"forward": forward, "__module__": base.__module__}
+    made: type[nn.Module] = make_class(base.__name__, (SparseCode, base), own)
+    return made
 
 
 def _rebuild(base: type[nn.Module], state: Mapping[str, Any], plan: ProductPlan) -> nn.Module:

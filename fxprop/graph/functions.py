@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxprop.frontends.dynamo import module_in_stack
-from fxprop.frontends.leaves import IS_MODULE, is_users
+from fxprop.frontends.leaves import IS_MODULE, SITE_MODULES, is_users
 from fxprop.frontends.source import source_line
 from fxprop.graph.site import Context, call_name, with_shapes
 from fxprop.ops import table
@@ -30,7 +30,7 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 
 def read_call(context: Context, node: fx.Node) -> Site | None:
-    """The site at a call_function or call_method node, or None if it multiplies by no weight."""
+    """The site at a call_function or call_method node, or None if it is not an input times a weight."""
     target: Any = node.target
     if node.op == "call_method":
         # x.matmul(w) is torch.Tensor.matmul(x, w)
@@ -40,7 +40,16 @@ def read_call(context: Context, node: fx.Node) -> Site | None:
         return isinstance(operand, fx.Node) and context.parameter_of(operand) is not None
 
     product = table.read(target, node.args, node.kwargs, is_weight)
-    return _opaque(context, node) if product is None else read_product(context, node, product)
+    if product is None:
+        return _opaque(context, node)
+    site = read_product(context, node, product)
+    # a product of parameters alone is what a weight is computed by, but for a layer on a learned input
+    return None if is_weight(product.input) and not _is_of_layer(site) else site
+
+
+def _is_of_layer(site: Site) -> bool:
+    """Whether the weight is that of a module of torch.nn, which computes just such a product."""
+    return any(cls.__name__ in site.types and site.op == op for cls, (op, _) in SITE_MODULES.items())
 
 
 def read_product(context: Context, node: fx.Node, product: table.Product) -> Site:
@@ -127,6 +136,8 @@ def _opaque(context: Context, node: fx.Node) -> Site | None:
     parameter = context.parameter_of(weights[0])
     assert parameter is not None
     if name in _PRODUCTS:
+        if context.parameter_of(node) is not None:
+            return None  # part of how a weight is computed
         reason = f"{name} with a parameter has no sparse operator; its FLOPs are in `other`"
     elif node.op == "call_function" and is_users(node.target):
         names = ", ".join(str(context.parameter_of(weight)) for weight in weights)

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprop.errors import RewriteError
-from fxprop.frontends.module import Graphs, TracedModule
+from fxprop.frontends.leaves import is_readable
+from fxprop.frontends.module import TracedModule
+from fxprop.frontends.stored import Graphs
 from fxprop.graph.calls import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
 from fxprop.ops.conv_norm import conv_batch_norm
@@ -37,12 +39,14 @@ def rewrite_model(root: nn.Module, pieces: Mapping[str, TracedModule], plans: Ma
     made = {path: _rewritten_graphs(piece, path, plans) for path, piece in pieces.items()}
     for path, (key, graphs) in made.items():
         pieces[path].fx_show_version(key, graphs)
-    for path, products in _products(plans).items():
+    for path, products in (_products(plans) | _layers(pieces, plans)).items():
         module = root.get_submodule(path)
         if isinstance(module, SparseCode):
             module.fx_uninstall()
         if products:
             SparseCode.fx_install(module, products)
+    for piece in pieces.values():
+        piece.fx_arm()
 
 
 def _rewritten_graphs(
@@ -79,6 +83,42 @@ def _products(plans: Mapping[bool, Plan]) -> dict[str, dict[str, dict[int, Spars
         if sparsity is not None:
             products.setdefault(parameter_of(site), {})[sparsity.n] = sparsity
     return found
+
+
+def _layers(
+    pieces: Mapping[str, TracedModule], plans: Mapping[bool, Plan]
+) -> dict[str, dict[str, dict[int, Sparsity]]]:
+    """The layers that graphs call no more: they are sparse wherever else they are called from.
+
+    (By other methods than forward, by adapters put around them, by code that runs as written.)
+    """
+    found: dict[str, dict[str, dict[int, Sparsity]]] = {}
+    for plan in plans.values():
+        for decision in plan.decisions:
+            site = decision.site
+            piece = pieces.get(site.graph)
+            attribute = site.call.weight.attribute if site.call is not None else None
+            if piece is None or attribute is None or not site.is_node:
+                continue
+            target, _, weight = attribute.rpartition(".")
+            layer = piece.get_submodule(target)
+            if target and weight == "weight" and not isinstance(layer, TracedModule):
+                products = found.setdefault(".".join(filter(None, (site.graph, target))), {})
+                if decision.sparsity is not None:
+                    products.setdefault(weight, {})[decision.sparsity.n] = decision.sparsity
+    for path, piece in pieces.items():
+        for graph in piece.fx_graphs.values():
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    found[".".join(filter(None, (path, str(node.target))))] = {}
+    return {path: found[path] for path in found if _is_layer(pieces, path)}
+
+
+def _is_layer(pieces: Mapping[str, TracedModule], path: str) -> bool:
+    inner_first = sorted(pieces, key=len, reverse=True)
+    owner = next(p for p in inner_first if not p or f"{path}.".startswith(f"{p}."))
+    layer = pieces[owner].get_submodule(path.removeprefix(owner).removeprefix("."))
+    return is_readable(layer) or isinstance(layer, SparseCode)
 
 
 def _of_graph(plan: Plan, path: str) -> tuple[Decision, ...]:

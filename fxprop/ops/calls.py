@@ -33,6 +33,8 @@ class ProductMode(TorchFunctionMode):
         self._on_product = on_product
         # by id; the tensor itself is kept, so that an id cannot be reused
         self._known: dict[int, tuple[str, Tensor]] = {id(t): (n, t) for n, t in parameters.items()}
+        # those that were picked by an index, as the rows of an embedding are: they depend on data
+        self._picked: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -43,7 +45,7 @@ class ProductMode(TorchFunctionMode):
             with self:
                 return decomposed_forward(*args, **kwargs)
         product = read(func, args, kwargs, self._is_known)
-        if product is not None and self._is_known(product.weight):
+        if product is not None and self._is_known(product.weight) and self._is_data(product.input):
             name = self._known[id(product.weight)][0]
             return self._on_product(name, product, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
@@ -53,14 +55,20 @@ class ProductMode(TorchFunctionMode):
     def _is_known(self, value: Any) -> bool:
         return id(value) in self._known
 
+    def _is_data(self, value: Any) -> bool:
+        """Whether it is no parameter: a product of parameters is what a weight is computed by, no layer."""
+        return id(value) not in self._known or id(value) in self._picked
+
     def _follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """A result of known tensors alone is known too."""
         origin: tuple[str, Tensor] | None = None
+        picked = False
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if not isinstance(tensor, Tensor):
                     continue
                 known = self._known.get(id(tensor))
+                picked = picked or self._is_data(tensor)
                 if known is None:
                     # an index is not what a weight is computed from
                     if tensor.is_floating_point():
@@ -72,6 +80,8 @@ class ProductMode(TorchFunctionMode):
         for tensor in result if isinstance(result, list | tuple) else (result,):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self._known[id(tensor)] = (origin[0], tensor)
+                if picked:
+                    self._picked.add(id(tensor))
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:

@@ -66,8 +66,18 @@ def of_all_rows(rows: Tensor, kept: Tensor, weight: Tensor, keep: Keep) -> Tenso
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether autograd will record an operator on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd will record an operator on these tensors, and a sparse backward can take its place.
+
+    None can where a tensor is nested or sparse, which only the dense operator knows what to do with, or
+    empty, so that there is nothing to choose from.
+    """
+    given = [t for t in tensors if t is not None]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return False
+    if any(t.is_nested or t.layout != torch.strided for t in given):
+        return False
+    # asked of a size that is free, it would fix it
+    return torch.compiler.is_compiling() or all(t.numel() > 0 for t in given)
 
 
 def autocast(

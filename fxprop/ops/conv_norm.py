@@ -221,7 +221,7 @@ class _SparseConvNorm(SparseFunction):
 
 
 def _top(norm: NormBackward, ctx: Any) -> Tensor:
-    return top_channels(norm.scores(norm.sums(), ctx.keep), ctx.geometry.groups, ctx.keep.k)
+    return top_channels(norm.scores(None, ctx.keep), ctx.geometry.groups, ctx.keep.k)
 
 
 def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_input = grad_weight = None
         if any(wanted):
             part = norm.part(keep.score_fraction)
-            scores = norm.scores(sums, keep) if part is norm else part.scores(part.sums(), keep)
+            scores = part.scores(sums if part is norm else None, keep)
             kept = top_channels(scores, groups, keep.k)
             grad = norm.kept_gradient(sums, kept)
             grad_input, grad_weight = from_kept(

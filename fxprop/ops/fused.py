@@ -44,12 +44,26 @@ def compiles(tensor: Tensor) -> bool:
 def compiled(formula: Formula[Result], *args: Any) -> Result | None:
     """What `formula` gives, by its compiled form; None if that cannot be had on this machine."""
     try:
-        result: Result = _compiled(formula)(*args)
-        return result
-    except Exception as error:  # inductor raises many kinds, and a missing compiler is one of them
-        _broken.append(f"{type(error).__name__}: {error}")
-        _log.warning("fxprop: inductor cannot compile on this machine; going on without (%s)", _broken[0])
-        return None
+        run = _compiled(formula)
+    except RuntimeError as error:  # torch.compile refuses some platforms altogether
+        return _give_up(error)
+    try:
+        return run(*args)
+    except _compilers_errors() as error:
+        return _give_up(error)
+
+
+def _compilers_errors() -> tuple[type[Exception], ...]:
+    """What tells that compiling failed, and not the run of what was compiled (for want of memory, say)."""
+    # not at the top: dynamo takes a second to import, and is there when something was raised
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException, OSError)  # the latter where the cache on disk cannot be written
+
+
+def _give_up(error: Exception) -> None:
+    _broken.append(f"{type(error).__name__}: {error}")
+    _log.warning("fxprop: inductor cannot compile on this machine; going on without (%s)", _broken[0])
 
 
 @functools.cache

@@ -6,6 +6,7 @@ out_features], offs [experts] the end of each expert's rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxprop.ops.common import (
     public,
     refuse_double_backward,
 )
-from fxprop.ops.select import Keep, mask_elements, summed_over_processes
+from fxprop.ops.select import RANDOM, Keep, channel_scores, mask_elements, summed_over_processes
 from fxprop.plan import Select
 
 # the kernels want rows that start at multiples of 16 bytes
@@ -58,7 +59,7 @@ def _backward(
     if keep.select == "element":
         grad = mask_elements(grad, keep)
     else:
-        scores = _scores(grad, expert, experts, keep)
+        scores = _scores(grad, expert, offs, keep)
         kept = scores.topk(keep.k, dim=1).indices  # [experts, k]
         grad = _pad(grad.gather(1, kept[expert.clamp(max=experts - 1)]))
         index = kept[:, None, :].expand(-1, mat_b.shape[1], -1)
@@ -73,16 +74,41 @@ def _backward(
     return grad_a, grad_b
 
 
-def _scores(grad: Tensor, expert: Tensor, experts: int, keep: Keep) -> Tensor:
-    """[experts, out_features]: each expert's norms over its own rows, in float32 for half types."""
-    dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
-    powers = grad.to(dtype).square() if keep.score == "l2" else grad.to(dtype).abs()
-    # one more for rows past the last offset, which belong to no expert
-    sums = powers.new_zeros(experts + 1, grad.shape[1]).index_add_(0, expert, powers)
-    scores = sums[:experts]  # the root of l2 would not change the order
-    if keep.score == "random":
-        scores = torch.rand_like(scores) + 0 * scores  # NaN where an entry is not finite
+def _scores(grad: Tensor, expert: Tensor, offs: Tensor, keep: Keep) -> Tensor:
+    """[experts, out_features]: each expert's scores over the first of its own rows."""
+    experts, features = len(offs), grad.shape[1]
+    if keep.score == RANDOM:
+        scores = torch.rand(experts, features, device=grad.device)
+    elif keep.score in ("l1", "l2"):
+        if keep.score_fraction < 1:
+            rows, expert = _first_rows(offs, len(grad), keep.score_fraction)
+            grad = grad[rows]
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        powers = grad.square() if keep.score == "l2" else grad.abs()
+        # one more for rows that belong to no expert. The root of l2 would not change the order
+        scores = powers.new_zeros(experts + 1, features).index_add_(0, expert, powers)[:experts]
+    else:
+        parts = grad.tensor_split(offs.to("cpu", torch.int64))[:experts]
+        alone = keep._replace(sync_selection=False)
+        scores = torch.stack(
+            [channel_scores(part, (0,), alone) if len(part) else grad.new_zeros(features) for part in parts]
+        )
     return summed_over_processes(scores) if keep.sync_selection else scores
+
+
+def _first_rows(offs: Tensor, rows: int, fraction: float) -> tuple[Tensor, Tensor]:
+    """The first `fraction` of each expert's rows, rounded up, and the expert of each.
+
+    As many as there can be at most, lest the host wait for the device; those too many belong to none.
+    """
+    experts = len(offs)
+    starts = F.pad(offs, (1, -1)).long()
+    counts = (fraction * (offs - starts).double()).ceil().long()
+    ends = counts.cumsum(0)
+    places = torch.arange(min(rows, math.floor(fraction * rows) + experts), device=offs.device)
+    expert = torch.searchsorted(ends, places, right=True)
+    shift = F.pad(starts - (ends - counts), (0, 1))
+    return places + shift[expert], expert
 
 
 def _pad(tensor: Tensor) -> Tensor:
@@ -112,7 +138,9 @@ def grouped_mm(
         mat_b: [experts, in_features, out_features], the weight.
         offs: int32 [experts], the end of each expert's rows.
         k, select: "channel" keeps k output features of each expert, scored over its own rows.
-        score: "l1", "l2" or "random".
+        score: "l1", "l2", "random" or a registered name. The latter is called for one expert after the
+            other, and the host waits for `offs`.
+        score_fraction: scores from this share of each expert's rows, from their beginning.
 
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward.
@@ -130,8 +158,6 @@ def grouped_mm(
             f"grouped_mm of {list(mat_a.shape)} and {list(mat_b.shape)}: expected [rows, in_features] "
             "and [experts, in_features, out_features]; use the dense operator"
         )
-    if score not in ("l1", "l2", "random"):
-        raise OpError(f"grouped_mm: score={score!r}: expected l1, l2 or random")
     if k >= mat_b.shape[2] or not needs_backward(mat_a, mat_b):
         return F.grouped_mm(mat_a, mat_b, offs=offs)
     output: Tensor = _SparseGroupedMM.apply(mat_a, mat_b, offs, keep)

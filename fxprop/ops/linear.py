@@ -128,7 +128,8 @@ def linear(
     >>> y = fxprop.ops.linear(x, weight, k=25, select="element")
 
     Args:
-        input: [*, in_features], any rank from 1; float64/32, bfloat16 or float16.
+        input: [*, in_features], any rank from 1; float64/32, bfloat16 or float16. Also nested, with the
+            jagged layout.
         weight: [out_features, in_features].
         bias: [out_features] or None.
         k: how many to keep; k >= out_features is the dense operator.
@@ -149,6 +150,11 @@ def linear(
         )
         return traced
     check_keep("linear", keep, weight)
+    # the rows of a nested tensor lie one after the other; which of its sizes is ragged has no public name
+    if getattr(input, "_ragged_idx", None) == 1:
+        nested: Any = input
+        values = linear(nested.values(), weight, bias, **keep.arguments())
+        return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
     if k >= weight.shape[0] or not needs_backward(input, weight, bias):
         return F.linear(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias, keep.weight_grad)

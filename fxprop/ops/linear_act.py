@@ -25,6 +25,7 @@ from fxprop.ops.common import (
 from fxprop.ops.linear import dense_forward, from_kept, linear
 from fxprop.ops.norm_backward import SCORES
 from fxprop.ops.select import (
+    RANDOM,
     Keep,
     part_of,
     summed_over_processes,
@@ -172,10 +173,10 @@ def _backward(
         grad_bias = total.to(weight.dtype)
         if not (needs_input or needs_weight):
             return None, None, grad_bias
-    if grad_bias is None or keep.score_fraction != 1:
+    if keep.score == RANDOM:
+        scores = torch.rand(weight.shape[0], device=grad.device)
+    elif grad_bias is None or keep.score_fraction != 1:
         _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
-    if keep.score == "random":
-        scores = torch.rand_like(scores) + 0 * scores
     kept = top_channels(summed_over_processes(scores) if keep.sync_selection else scores, 1, keep.k)
     taken = _BACKWARDS[activation](take_features(grad, kept), take_features(before, kept))  # [rows, k]
     grad_input, grad_weight = from_kept(taken, kept, input, weight, keep, (needs_input, needs_weight))

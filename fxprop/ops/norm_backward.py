@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fxprop.ops import fused
 from fxprop.ops.select import (
+    RANDOM,
     Keep,
     is_channels_last,
     part_of,
@@ -34,7 +35,7 @@ from fxprop.ops.select import (
 )
 
 # scores that follow from sums over grad_output alone
-SCORES = ("l1", "l2", "random")
+SCORES = ("l1", "l2", RANDOM)
 
 
 class Sums(NamedTuple):
@@ -82,22 +83,32 @@ class NormBackward(NamedTuple):
             formula = _sums_by_aten if self.output is None else _masked_sums_by_aten
         return Sums(*fused.summed(formula, *given, self.mean, self.invstd, like=self.grad_output))
 
-    def scores(self, sums: Sums, keep: Keep) -> Tensor:
-        """One score per channel of the norm's grad_input; NaN where an entry is not finite."""
-        if keep.score == "l1":
-            shift = sums.grad / self.entries
-            slope = self.invstd * sums.product / self.entries
-            formula = _plain_magnitudes if self.output is None else _masked_magnitudes
-            (scores,) = fused.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
-            scores = scores * self.scale.abs()
-        elif keep.score == "l2":
-            # sum(xhat^2) / m, which eps makes a little less than 1
-            power = 1 - self.eps * self.invstd.square()
-            dropped = (sums.grad.square() + (2 - power) * sums.product.square()) / self.entries
-            scores = (sums.square - dropped).clamp_min(0) * self.scale.square()
+    def scores(self, sums: Sums | None, keep: Keep) -> Tensor:
+        """One score per channel of the norm's grad_input; NaN where an entry is not finite.
+
+        From `sums`, which are made where they are needed and not given. "random" reads nothing, and sees no
+        such entry.
+        """
+        if keep.score == RANDOM:
+            scores = torch.rand(len(self.mean), device=self.mean.device)
+        elif keep.score == "l1":
+            scores = self._magnitudes(sums or self.sums())
         else:
-            scores = torch.rand_like(sums.grad) + 0 * sums.square
+            scores = self._squares(sums or self.sums())
         return summed_over_processes(scores) if keep.sync_selection else scores
+
+    def _magnitudes(self, sums: Sums) -> Tensor:
+        shift = sums.grad / self.entries
+        slope = self.invstd * sums.product / self.entries
+        formula = _plain_magnitudes if self.output is None else _masked_magnitudes
+        (scores,) = fused.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
+        return scores * self.scale.abs()
+
+    def _squares(self, sums: Sums) -> Tensor:
+        # sum(xhat^2) / m, which eps makes a little less than 1
+        power = 1 - self.eps * self.invstd.square()
+        dropped = (sums.grad.square() + (2 - power) * sums.product.square()) / self.entries
+        return (sums.square - dropped).clamp_min(0) * self.scale.square()
 
     def part(self, fraction: float) -> NormBackward:
         """The same for the first examples, with the whole batch's mean and deviation."""

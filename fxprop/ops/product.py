@@ -239,6 +239,8 @@ def _spread(tensor: Tensor, kept: Tensor, shape: Sequence[int]) -> Tensor:
 def _run(input: Tensor, weight: Tensor, bias: Tensor | None, form: _Form, keep: Keep) -> Tensor:
     name = form.function
     check_keep(name, keep, weight)
+    if (input.dim(), weight.dim()) != (len(form.indices.input), len(form.indices.weight)):
+        return _dense(input, weight, bias, form)  # which says what is wrong
     problem = form.indices.problem()
     if problem is not None:
         raise OpError(

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fxprop.errors import PolicyError
+from fxprop.errors import OpError, PolicyError
 from fxprop.plan import BiasGrad, NormGrad, Select, Sparsity, WeightGrad
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
@@ -104,8 +104,10 @@ def _random(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 # scores that are not finite where grad_output is not; topk takes NaN for the largest
 _SEE_NONFINITE = ("l1", "l2")
+# the score that looks at nothing, and so sees nothing
+RANDOM = "random"
 
-_SCORES: dict[str, Score] = {"l1": _l1, "l2": _l2, "random": _random}
+_SCORES: dict[str, Score] = {"l1": _l1, "l2": _l2, RANDOM: _random}
 
 
 def score_names() -> tuple[str, ...]:
@@ -118,9 +120,10 @@ def register_score(name: str, score: Score) -> None:
 
     >>> fxprop.ops.register_score("linf", lambda g, dims: g.abs().amax(dims))
 
-    `score` takes grad_output and the dims to reduce (all but the channel's; an empty tuple when single
-    elements are chosen), and returns one real number per remaining position. The highest k are kept.
-    Raises PolicyError if the name is taken.
+    `score` takes grad_output and the dims to reduce, which are non-negative: all but the channel's. It
+    returns one real number per remaining position, of which the highest k are kept. Where single elements
+    are chosen, grad_output comes with one more dimension, of size 1, and that one is reduced. Raises
+    PolicyError if the name is taken.
     """
     if name in _SCORES:
         raise PolicyError(
@@ -130,11 +133,11 @@ def register_score(name: str, score: Score) -> None:
 
 
 def get_score(name: str) -> Score:
-    """The score function registered under `name`; PolicyError names the known ones."""
+    """The score function registered under `name`; OpError names the known ones."""
     try:
         return _SCORES[name]
     except KeyError:
-        raise PolicyError(
+        raise OpError(
             f"unknown score {name!r}: expected one of {', '.join(_SCORES)}; "
             "add your own with fxprop.ops.register_score"
         ) from None
@@ -143,19 +146,23 @@ def get_score(name: str) -> Score:
 def channel_scores(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Tensor:
     """The scores over `dims`; NaN where a channel has an entry that is not finite and the score hides it.
 
-    So whatever the score, such a channel is among the kept, and a GradScaler sees it in the gradients.
-    `keep.score_fraction` of the first of `dims` is looked at, from its beginning: with less than all of it,
-    the scores, and what they see of entries that are not finite, are those of a part of the batch. With
-    `keep.sync_selection` they are summed over all processes (the squares of l2).
+    So such a channel is among the kept, and a GradScaler sees it in the gradients; but "random" reads none
+    of grad_output. `keep.score_fraction` of the first of `dims` is looked at, from its beginning: with less
+    than all of it, the scores, and what they see of entries that are not finite, are those of a part of the
+    batch. With `keep.sync_selection` they are summed over all processes (the squares of l2).
     """
-    if dims:
-        grad_output = part_of(grad_output, keep.score_fraction, dims[0])
+    grad_output = part_of(grad_output, keep.score_fraction, dims[0])
     scores = get_score(keep.score)(grad_output, dims)
-    if keep.score not in _SEE_NONFINITE:
+    if _hides_nonfinite(keep):
         scores = scores + 0 * _l1(grad_output, dims)
     if not keep.sync_selection:
         return scores
     return summed_over_processes(scores.square() if keep.score == "l2" else scores)
+
+
+def _hides_nonfinite(keep: Keep) -> bool:
+    """Whether the score reads the entries, but may be finite where they are not."""
+    return keep.score not in (*_SEE_NONFINITE, RANDOM)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -228,12 +235,14 @@ def mask_elements(grad_output: Tensor, keep: Keep) -> Tensor:
     """`grad_output` [examples, n] with all but the top-k entries of each row set to zero.
 
     meProp's top-k per example (1706.06197, equation 5). k is capped at n: a smaller image than the one
-    the plan was made for has fewer entries. An entry that is not finite ranks highest.
+    the plan was made for has fewer entries. An entry that is not finite ranks highest, but by "random".
     """
-    # for one entry both norms are its magnitude
     if keep.score in _SEE_NONFINITE:
-        scores = grad_output.abs()
+        scores = grad_output.abs()  # of one entry both norms are its magnitude
     else:
-        scores = get_score(keep.score)(grad_output, ()) + 0 * grad_output
+        # a dimension to reduce: torch's reductions over none of them reduce all
+        scores = get_score(keep.score)(grad_output.unsqueeze(-1), (grad_output.dim(),))
+    if _hides_nonfinite(keep):
+        scores = scores + 0 * grad_output
     kept = scores.topk(min(keep.k, scores.shape[1]), dim=1, sorted=False).indices
     return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))

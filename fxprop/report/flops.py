@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fxprop.plan import Chain, Decision, Plan, Sparsity
+from fxprop.cost import entries_scored
+from fxprop.ops.select import RANDOM
+from fxprop.plan import Chain, Decision, Plan, Site, Sparsity
 from fxprop.report.report import Gradients, Layer, Report
 
 
@@ -75,8 +77,6 @@ def _layer(decision: Decision, counted: bool) -> Layer:
     if decision.status == "skipped" or not known:
         return layer.with_counts(0, _NOTHING, _NOTHING, _NOTHING, 0)
     assert site.multiply_adds is not None
-    assert site.output_shape is not None
-    assert site.out_channels is not None
 
     forward = 2 * site.multiply_adds
     needs = (site.needs_grad_input, site.needs_grad_weight)
@@ -90,7 +90,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         )
     # element selection masks grad_output and runs the dense kernels
     executed = sparse if sparsity.select == "channel" else dense
-    select_ops = _select_ops(math.prod(site.output_shape), site.out_channels, sparsity) if any(needs) else 0
+    select_ops = _select_ops(site, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
 
 
@@ -108,13 +108,15 @@ def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
 _NOTHING = Gradients(0, 0)
 
 
-def _select_ops(numel: int, out_channels: int, sparsity: Sparsity) -> int:
+def _select_ops(site: Site, sparsity: Sparsity) -> int:
     """Element operations for the scores, and one comparison per candidate of the top-k.
 
     A norm costs two per entry (magnitude or square, and sum), a single entry's magnitude or a random
     draw one. A lower bound: top-k's own passes depend on the kernel.
     """
-    if sparsity.select == "element":
-        return 2 * numel
-    scoring = out_channels if sparsity.score == "random" else 2 * numel
-    return scoring + out_channels
+    assert site.output_shape is not None
+    assert site.out_channels is not None
+    single = sparsity.select == "element"
+    candidates = math.prod(site.output_shape) if single else site.out_channels
+    draws = candidates if sparsity.score == RANDOM else 0
+    return draws + entries_scored(site, sparsity) * (1 if single else 2) + candidates

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,12 +173,12 @@ class Report:
     # the policy as in a policy file
     policy: Mapping[str, Any] | None = field(default=None, hash=False)
 
-    @property
+    @cached_property
     def listed(self) -> tuple[Layer, ...]:
         """The layers that could be rewritten: all that are not skipped."""
         return tuple(layer for layer in self.layers if layer.status != "skipped")
 
-    @property
+    @cached_property
     def totals(self) -> Totals:
         """The columns summed; `saving` is 0.0 for a backward without FLOPs."""
         if self.other is None:
@@ -196,13 +197,13 @@ class Report:
             **sums,
         )
 
-    @property
+    @cached_property
     def unit(self) -> Unit:
         """The unit that people get the numbers in."""
         return Unit.of(None if self.other is None else (self.totals.dense or 0) + self.other)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data; `docs` of the schema are in README.md."""
+        """The report as plain data, under the names of the fields; `schema` counts its versions."""
         return {
             "schema": SCHEMA,
             "model": self.model,

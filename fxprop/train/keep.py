@@ -22,7 +22,7 @@ def set_keep(gm: nn.Module, keep: PolicyLike) -> Report:
 
     >>> gm, report = fxprop.transform(model, 0.05, (x,))
     >>> fxprop.set_keep(gm, 1.0)                      # dense, as before the transform
-    >>> fxprop.set_keep(gm, 0.2).saving               # sparse again
+    >>> fxprop.set_keep(gm, 0.2).totals.saving        # sparse again
 
     Args:
         gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel.

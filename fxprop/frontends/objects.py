@@ -1,0 +1,99 @@
+"""What Python objects hold, and which of them are a model's own.
+
+The walks over a model's objects (copies of its tree, snapshots of its state) share what is said here.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# classes outside the model's own packages whose instances are plain holders of values
+_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+_LIBRARIES = {"torch", "numpy", "fxprop", "builtins", "_pytest", "pytest", *sys.stdlib_module_names}
+CACHED = type(functools.lru_cache(lambda: None))
+
+
+def package_of(value: Any) -> str:
+    """The top-level package in which a class, function or module is defined."""
+    name = getattr(value, "__module__", None) if not isinstance(value, types.ModuleType) else value.__name__
+    return name.partition(".")[0] if isinstance(name, str) else ""
+
+
+def is_users(value: Any) -> bool:
+    """Whether a class, function or module is neither torch's, nor Python's, nor fxprop's."""
+    return package_of(value) not in _LIBRARIES
+
+
+def packages_of(root: nn.Module) -> frozenset[str]:
+    """The packages in which the classes of the modules in `root` are defined."""
+    return frozenset(package_of(cls) for cls in {type(module) for module in root.modules()})
+
+
+def is_holder(value: Any, packages: frozenset[str]) -> bool:
+    """Whether `value` is a plain object of a model's: one whose attributes are all there is to it."""
+    cls = type(value)
+    if isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module):
+        return False
+    own = isinstance(value, _HOLDERS) or (is_users(cls) and package_of(cls) in packages)
+    return own and (hasattr(value, "__dict__") or any(True for _ in slots_of(cls)))
+
+
+def slots_of(cls: type) -> Iterator[str]:
+    """The names of the `__slots__` of a class, as they are looked up."""
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                private = name.startswith("__") and not name.endswith("__")
+                yield f"_{base.__name__.lstrip('_')}{name}" if private else name
+
+
+def slot_values(value: Any) -> Iterator[tuple[str, Any]]:
+    """The slots of `value` that are filled, with what is in them."""
+    for name in slots_of(type(value)):
+        try:
+            yield name, getattr(value, name)
+        except AttributeError:
+            continue
+
+
+def cell_value(cell: types.CellType) -> Any:
+    """What a closure's cell holds; None if it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def held_by(value: Any, packages: frozenset[str]) -> list[Any]:
+    """The objects that `value` leads to, as far as copies and snapshots follow them."""
+    if isinstance(value, nn.Module):
+        own = [held for key, held in vars(value).items() if key != "_compiled_call_impl"]
+        return [*own, *(held for _, held in slot_values(value))]
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        return list(value)
+    if isinstance(value, types.FunctionType):
+        cells = [cell_value(cell) for cell in value.__closure__ or ()]
+        named = [*(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        return [*cells, *(value.__defaults__ or ()), *named]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if type(value) in (weakref.ref, weakref.WeakMethod):
+        return [value()]
+    if type(value) is CACHED:
+        return [value.__wrapped__]
+    if is_holder(value, packages):
+        return [*getattr(value, "__dict__", {}).values(), *(held for _, held in slot_values(value))]
+    return []

@@ -1,0 +1,144 @@
+"""What the code of a model reaches: its functions, the names they read, and what those names stand for.
+
+Found by reading code objects, so it is as much as Python code says by name: global variables, closures,
+default arguments, methods called by their name. torch's and Python's own code is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fxprop.frontends.objects import CACHED, cell_value, is_users
+
+# methods that are called without their name being written
+_UNNAMED = frozenset(
+    ("__call__", "__getattr__", "__getattribute__", "__setattr__", "__getitem__", "__setitem__", "__len__")
+) | frozenset(
+    ("__iter__", "__next__", "__enter__", "__exit__", "__contains__", "__bool__", "forward", "train")
+)
+
+
+def reads_its_mode(root: nn.Module) -> bool:
+    """Whether code of `root`, other than torch's own modules, may do something else in the other mode."""
+    reach = Reach(root)
+    follow = any("train" in vars(cls) or "eval" in vars(cls) for cls in reach.classes.values())
+    return follow or "training" in reach.names
+
+
+class Reach:
+    """Everything that the code of the modules in `root`, run by calling `root`, may name."""
+
+    def __init__(self, root: nn.Module) -> None:
+        # attributes and global variables that the code mentions
+        self.names: set[str] = set()
+        # (namespace, name) of global variables and attributes of Python modules that it reads
+        self.variables: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+        # where else values live that outlast a call: closures' cells, default arguments, users' classes
+        self.cells: dict[int, types.CellType] = {}
+        self.defaults: dict[int, Any] = {}
+        self.classes: dict[int, type] = {}
+        # functions under functools.cache or lru_cache
+        self.cached: dict[int, Any] = {}
+        self._seen: set[int] = set()
+        self._methods: defaultdict[str, list[Any]] = defaultdict(list)
+        self._namespaces: dict[int, dict[str, Any]] = {}
+        self._waiting: list[Any] = []
+        for module in root.modules():
+            self._class(type(module))
+            self._waiting += [v for v in vars(module).values() if _is_code(v)]
+        while self._waiting:
+            self._visit(self._waiting.pop())
+
+    def _visit(self, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if type(value) is CACHED:
+            self.cached[id(value)] = value
+            self._waiting.append(value.__wrapped__)
+        elif isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType | staticmethod | classmethod):
+            self._waiting.append(value.__func__)
+        elif isinstance(value, functools.partial):
+            self._waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, functools.cached_property):
+            self._waiting.append(value.func)
+        elif isinstance(value, property):
+            self._waiting += [value.fget, value.fset]
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, types.ModuleType):
+            if is_users(value):
+                self._namespace(vars(value))
+        elif value is not None and is_users(type(value)):
+            self._class(type(value))
+
+    def _function(self, function: types.FunctionType) -> None:
+        if not is_users(function):
+            # a decorator of a library's around a function of the user's
+            self._waiting += [v for v in _closure(function) if _is_code(v)]
+            return
+        for cell in function.__closure__ or ():
+            self.cells[id(cell)] = cell
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        self.defaults.update({id(value): value for value in defaults})
+        self._waiting += [*_closure(function), *defaults, *vars(function).values()]
+        self._namespace(function.__globals__)
+        for name in _names(function.__code__) - self.names:
+            self.names.add(name)
+            self._waiting += self._methods[name]
+            for namespace in list(self._namespaces.values()):
+                self._variable(namespace, name)
+
+    def _namespace(self, namespace: dict[str, Any]) -> None:
+        if id(namespace) not in self._namespaces:
+            self._namespaces[id(namespace)] = namespace
+            for name in self.names & namespace.keys():
+                self._variable(namespace, name)
+
+    def _variable(self, namespace: dict[str, Any], name: str) -> None:
+        if name in namespace:
+            self.variables[id(namespace), name] = namespace, name
+            self._waiting.append(namespace[name])
+
+    def _class(self, cls: type) -> None:
+        for base in cls.__mro__:
+            if id(base) in self.classes or not is_users(base):
+                continue
+            self.classes[id(base)] = base
+            for name, value in list(vars(base).items()):
+                if not _is_code(value):
+                    continue
+                if name in _UNNAMED or name in self.names:
+                    self._waiting.append(value)
+                else:
+                    self._methods[name].append(value)
+
+
+def _is_code(value: Any) -> bool:
+    kinds = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial)
+    return isinstance(value, (*kinds, functools.cached_property, CACHED))
+
+
+def _closure(function: types.FunctionType) -> list[Any]:
+    return [cell_value(cell) for cell in function.__closure__ or ()]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The global and attribute names in `code` and in the functions defined inside it."""
+    found = set(code.co_names)
+    for inner in _inner(code):
+        found |= _names(inner)
+    # getattr(x, "name") and x.__dict__["name"]
+    return found | {value for value in code.co_consts if isinstance(value, str) and value.isidentifier()}
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
