@@ -10,15 +10,17 @@ from fxprop.plan import Chain, Decision, Site, Sparsity
 
 def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     """Several uses of one piece of code, which a module in it makes, are decided alike."""
-    uses: dict[tuple[str, str, str, int | None], list[Decision]] = {}
+    # one use of each code: the first that is not rewritten, or else the first
+    decisive: dict[tuple[str, str, str, int | None], Decision] = {}
     for decision in decisions:
-        uses.setdefault(_code_of(decision.site), []).append(decision)
+        code = _code_of(decision.site)
+        if decisive.setdefault(code, decision).status == "rewritten" != decision.status:
+            decisive[code] = decision
     agreed = []
     for decision in decisions:
         # the model's own graph has a node for each use
         in_part = decision.site.graph or not decision.site.is_node
-        same_code = uses[_code_of(decision.site)] if in_part else [decision]
-        other = next((d for d in same_code if d.status != "rewritten"), same_code[0])
+        other = decisive[_code_of(decision.site)] if in_part else decision
         if decision.status == "rewritten" and other.status != "rewritten":
             reason = f"one piece of code with {other.site.name}, which stays dense: {other.reason}"
             decision = Decision(decision.site, "dense", reason, decided_by=decision.decided_by)

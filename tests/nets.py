@@ -42,7 +42,8 @@ def sparse_rows(linear):
 
 def transform(model, *args, **kwargs):
     """Ours, with the policy of these tests."""
-    return fxprop.transform(model, POLICY, args or (X,), **kwargs)
+    inputs = args if kwargs.get("example_kwargs") else args or (X,)
+    return fxprop.transform(model, POLICY, inputs, **kwargs)
 
 
 class Case(NamedTuple):

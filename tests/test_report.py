@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 import fxprop
+from fxprop.report.report import Gradients, Layer, Report
 
 
 def measured_backward(module, *inputs):
@@ -261,3 +263,80 @@ def test_every_form_names_every_layer_and_reason(report):
         assert "kept as one call, as leaf_modules says" in text
         assert "output layer" in text
         assert "one multiply-add = 2 FLOPs" in text
+
+
+# --- reports of many layers ---------------------------------------------------------------------------
+
+
+def report_of(count, nested):
+    """A report of so many layers, made without a model."""
+    layers = tuple(
+        Layer(
+            name=f"blocks.{i // 20}.part{i % 20 // 4}.layer{i % 4}" if nested else str(i),
+            op="linear",
+            status="rewritten" if i % 7 else "dense",
+            reason=None if i % 7 else "memory-bound",
+            decided_by="default",
+            input_shape=(2, 4),
+            weight_shape=(4, 4),
+            output_shape=(2, 4),
+            groups=1,
+            select="channel",
+            score="l1",
+            k=1,
+            n=4,
+            source=None,
+            forward=32,
+            dense=Gradients(32 + i, 32),
+            sparse=Gradients(8, 8),
+            executed=Gradients(8, 8),
+            select_ops=3,
+        )
+        for i in range(count)
+    )
+    return Report("Model", "symbolic", "train", layers, 100)
+
+
+def calls(function):
+    """How many Python functions, and resumed generators, run on the way."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+FORMS = {
+    "text": lambda report: report.to_text(100),
+    "every layer": lambda report: report.to_text(100, "all"),
+    "every column": lambda report: report.to_text(300, "all"),
+    "names cut": lambda report: report.to_text(80, "all"),
+    "markdown": Report.to_markdown,
+    "page": Report.to_html,
+    "notebook": Report._repr_html_,
+    "json": Report.to_json,
+    "csv": Report.to_csv,
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_work_grows_as_the_number_of_layers(form, nested):
+    FORMS[form](report_of(20, nested))  # what is imported and cached on the way
+    few, many = (calls(lambda n=n: FORMS[form](report_of(n, nested))) for n in (100, 800))
+    assert many < 9 * few
+
+
+def test_the_count_of_work_sees_what_is_quadratic():
+    def quadratic(report):
+        return [sum(layer.dense.total for layer in report.layers) for _ in report.layers]
+
+    few, many = (calls(lambda n=n: quadratic(report_of(n, True))) for n in (100, 800))
+    assert many > 30 * few

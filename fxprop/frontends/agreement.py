@@ -33,13 +33,22 @@ def disagreements(
     if traced.error is not None:
         at = next((name for name, _ in reversed(traced.failed) if name in pieces), "")
         reason = (str(traced.error).splitlines() or [type(traced.error).__name__])[0]
-        found = {at: f"in {mode} mode its graph fails where the model does not ({reason}): {_CAUSE}"}
+        line = _line_after(model.ops, traced.ops)
+        found = {
+            at: f"in {mode} mode {line}: its graph fails where the model does not ({reason}): {_CAUSE}"
+        }
     elif not found and "" in pieces:
         effects = [f"changes {change}" for change in model.changes if change not in traced.changes]
         effects += [f"draws numbers from {name}" for name in model.drawn if name not in traced.drawn]
         if effects:
             found[""] = f"in {mode} mode its code {effects[0]}, which a graph would not do"
     return {name: why for name, why in found.items() if not any(_inside(other, name) for other in found)}
+
+
+def _line_after(theirs: list[Op], ours: list[Op]) -> str:
+    """The model's line where a graph that failed did not follow it any more."""
+    at = next((n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a[:3] != b[:3]), len(ours))
+    return theirs[min(at, len(theirs) - 1)].line if theirs else "in its code"
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxprop.frontends.leaves import SITE_MODULES
-from fxprop.frontends.objects import cell_value, is_holder, is_users, packages_of
+from fxprop.frontends.objects import cell_value, is_holder, is_users
 from fxprop.frontends.reach import Reach
 
 Assumption = tuple[Callable[[Any], Any], Any, Any]
@@ -29,7 +29,7 @@ def assumptions(root: nn.Module, graph: fx.Graph) -> list[Assumption]:
     """What `graph`, of the code of `root`, takes for granted; without what it fetches when it runs."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     reach = Reach(root)
-    values = _Values(reach.names, packages_of(root))
+    values = _Values(reach.names)
     for name, module in root.named_modules():
         if not _is_below(name, called):
             values.of_module(name, module, called)
@@ -78,8 +78,8 @@ def _is_below(name: str, called: set[str]) -> bool:
 
 
 class _Values:
-    def __init__(self, names: set[str], packages: frozenset[str]) -> None:
-        self._names, self._packages = names, packages
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
         self.found: list[Assumption] = []
         self._seen: dict[int, Any] = {}
 
@@ -116,7 +116,7 @@ class _Values:
                 self.add(value.get, key, held)
         elif isinstance(value, list) and len(value) <= _MANY:
             self.found.append((list(value).__eq__, value, True))
-        elif is_holder(value, self._packages):
+        elif is_holder(value):
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 if key in self._names:
                     self.add(vars(value).get, key, held)

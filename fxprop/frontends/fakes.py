@@ -79,8 +79,8 @@ class Twin:
     def running(self, training: bool | None = None) -> Iterator[PythonState]:
         """Where the twin is run, once, in a mode: with autograd on and its mode active.
 
-        No trace is left behind in what the twin shares with the model. Gives the state by which can be
-        told what the run has changed so far.
+        No trace is left behind in what the twin shares with the model. Gives the state that tells
+        afterwards what the run has changed.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_logging())
@@ -89,14 +89,15 @@ class Twin:
             if self.real:
                 torch.manual_seed(_SEED)
                 stack.enter_context(Made())  # parameters are the model's own
-            if self.mode is not None:
-                stack.enter_context(self.mode)
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _VisibleCheckpoint))
             if training is not None and training != self.root.training:
                 stack.enter_context(untouched(self.root))
-                self.root.train(training)
-            yield stack.enter_context(untouched(self.root, self.args, self.kwargs))
+                with self.mode or contextlib.nullcontext():
+                    self.root.train(training)
+            state = stack.enter_context(untouched(self.root, self.args, self.kwargs))
+            stack.enter_context(self.mode or contextlib.nullcontext())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _VisibleCheckpoint))
+            yield state
 
     def labels(self) -> dict[int, str]:
         """By storage: the names of the twin's parameters and buffers, and what its inputs are called."""

@@ -6,8 +6,10 @@ The walks over a model's objects (copies of its tree, snapshots of its state) sh
 from __future__ import annotations
 
 import collections
+import enum
 import functools
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -15,8 +17,10 @@ from typing import Any
 
 from torch import nn
 
-# classes outside the model's own packages whose instances are plain holders of values
-_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+# classes of Python's whose instances are plain holders of values
+_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList, threading.local)
+# packages whose objects hold a model, and much else
+_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed"}
 _LIBRARIES = {"torch", "numpy", "fxprop", "builtins", "_pytest", "pytest", *sys.stdlib_module_names}
 CACHED = type(functools.lru_cache(lambda: None))
 
@@ -32,18 +36,19 @@ def is_users(value: Any) -> bool:
     return package_of(value) not in _LIBRARIES
 
 
-def packages_of(root: nn.Module) -> frozenset[str]:
-    """The packages in which the classes of the modules in `root` are defined."""
-    return frozenset(package_of(cls) for cls in {type(module) for module in root.modules()})
-
-
-def is_holder(value: Any, packages: frozenset[str]) -> bool:
-    """Whether `value` is a plain object of a model's: one whose attributes are all there is to it."""
+def is_holder(value: Any) -> bool:
+    """Whether `value` is a plain object of a user's: one whose attributes are all there is to it."""
     cls = type(value)
-    if isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module):
+    if isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module | enum.Enum):
         return False
-    own = isinstance(value, _HOLDERS) or (is_users(cls) and package_of(cls) in packages)
+    own = isinstance(value, _HOLDERS) or (is_users(cls) and package_of(cls) not in _FRAMEWORKS)
     return own and (hasattr(value, "__dict__") or any(True for _ in slots_of(cls)))
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether `value` is an iterator of Python's own, which counts where it is."""
+    known = type(value).__module__ in ("builtins", "itertools")
+    return known and isinstance(value, Iterator) and not isinstance(value, types.GeneratorType)
 
 
 def slots_of(cls: type) -> Iterator[str]:
@@ -73,7 +78,7 @@ def cell_value(cell: types.CellType) -> Any:
         return None
 
 
-def held_by(value: Any, packages: frozenset[str]) -> list[Any]:
+def held_by(value: Any) -> list[Any]:
     """The objects that `value` leads to, as far as copies and snapshots follow them."""
     if isinstance(value, nn.Module):
         own = [held for key, held in vars(value).items() if key != "_compiled_call_impl"]
@@ -94,6 +99,6 @@ def held_by(value: Any, packages: frozenset[str]) -> list[Any]:
         return [value()]
     if type(value) is CACHED:
         return [value.__wrapped__]
-    if is_holder(value, packages):
+    if is_holder(value):
         return [*getattr(value, "__dict__", {}).values(), *(held for _, held in slot_values(value))]
     return []

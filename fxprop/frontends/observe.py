@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+import io
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +17,7 @@ from torch import nn
 from fxprop.errors import InputError, ValuesNeededError
 from fxprop.frontends.account import Account, Op
 from fxprop.frontends.fakes import Twin, describe_all, has_values
+from fxprop.frontends.reach import Reach
 from fxprop.frontends.untouched import draws
 from fxprop.frontends.watch import Watch
 from fxprop.ops.table import Product
@@ -43,7 +48,7 @@ class Observation:
     # what it changed in Python's objects, and whose random numbers it drew besides torch's, in words
     changes: list[str] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
-    # whether it asked fake tensors for values, even if it went on without them
+    # whether fake tensors may have led it another way: it asked them for values, for their class, ...
     wanted_values: bool = False
     # how it failed, and the calls of modules that were at work then
     error: Exception | None = None
@@ -95,6 +100,7 @@ def run_observed(
     """The same on tensors of one kind; an error of the model's is part of what is observed."""
     found = Observation(real=real)
     twin = Twin(model, args, kwargs, real=real)
+    doubtful = frozenset() if real else Reach(model).tells_stand_ins()
 
     def on_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.calls.setdefault(name, []).append(_pattern(module, args, kwargs))
@@ -102,20 +108,41 @@ def run_observed(
     def on_product(module: str, parameter: str, product: Product, result: Any, source: str | None) -> None:
         found.products.setdefault((module, parameter))
 
-    watch = Watch(twin, on_call, on_product)
+    watch, ran = Watch(twin, on_call, on_product), set[types.CodeType]()
     account = Account(watch, twin.labels())
     try:
-        with twin.running(training) as state, draws() as drawn:
-            try:
-                with watch.watching(), account:
-                    twin.root(*twin.args, **twin.kwargs)
-            finally:
-                found.changes = state.changes()
-        found.drawn = list(drawn)
+        with twin.running(training) as state, draws() as drawn, contextlib.ExitStack() as stack:
+            # torch.fx prints where generated code fails
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(watch.watching())
+            ran = stack.enter_context(_running(doubtful))
+            stack.enter_context(account)
+            twin.root(*twin.args, **twin.kwargs)
+        found.changes, found.drawn = list(state.changed), list(drawn)
     except Exception as error:
         found.error, found.failed = error, watch.failed or []
-    found.ops, found.wanted_values = account.ops, account.wanted_values
+    found.ops, found.wanted_values = account.ops, account.wanted_values or bool(ran)
     return found
+
+
+@contextlib.contextmanager
+def _running(codes: frozenset[types.CodeType]) -> Iterator[set[types.CodeType]]:
+    """A set to which those of `codes` are added that run."""
+    ran: set[types.CodeType] = set()
+    if not codes:
+        yield ran
+        return
+
+    def called(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            ran.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(before)
 
 
 def _reason(error: Exception) -> str:

@@ -6,10 +6,12 @@ default arguments, methods called by their name. torch's and Python's own code i
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -22,6 +24,9 @@ _UNNAMED = frozenset(
 ) | frozenset(
     ("__iter__", "__next__", "__enter__", "__exit__", "__contains__", "__bool__", "forward", "train")
 )
+
+# tables of functions with more entries are not followed
+_MANY = 256
 
 
 def reads_its_mode(root: nn.Module) -> bool:
@@ -45,6 +50,7 @@ class Reach:
         self.classes: dict[int, type] = {}
         # functions under functools.cache or lru_cache
         self.cached: dict[int, Any] = {}
+        self.functions: list[types.FunctionType] = []
         self._seen: set[int] = set()
         self._methods: defaultdict[str, list[Any]] = defaultdict(list)
         self._namespaces: dict[int, dict[str, Any]] = {}
@@ -54,6 +60,28 @@ class Reach:
             self._waiting += [v for v in vars(module).values() if _is_code(v)]
         while self._waiting:
             self._visit(self._waiting.pop())
+
+    def line_of(self, name: str) -> str:
+        """The line that writes the attribute or variable `name`, or else one that reads it: "file.py:12"."""
+        found = ""
+        for function in self.functions:
+            for code in (function.__code__, *_inner(function.__code__)):
+                line = code.co_firstlineno
+                for instruction in dis.get_instructions(code):
+                    line = instruction.starts_line or line
+                    if instruction.argval == name and isinstance(line, int):
+                        if instruction.opname.startswith("STORE"):
+                            return f"{code.co_filename}:{line}"
+                        found = found or f"{code.co_filename}:{line}"
+        return found
+
+    def tells_stand_ins(self) -> frozenset[types.CodeType]:
+        """The code that may do something else with fake tensors than with real ones, though it runs.
+
+        It asks for a value's very class, or catches errors, which fake tensors do not raise alike.
+        """
+        codes = [code for f in self.functions for code in (f.__code__, *_inner(f.__code__))]
+        return frozenset(code for code in codes if _tells_stand_ins(code))
 
     def _visit(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -77,6 +105,9 @@ class Reach:
         elif isinstance(value, types.ModuleType):
             if is_users(value):
                 self._namespace(vars(value))
+        elif isinstance(value, dict | list | tuple) and len(value) <= _MANY:
+            held = value.values() if isinstance(value, dict) else value
+            self._waiting += [v for v in held if _is_code(v) or isinstance(v, type)]
         elif value is not None and is_users(type(value)):
             self._class(type(value))
 
@@ -85,6 +116,7 @@ class Reach:
             # a decorator of a library's around a function of the user's
             self._waiting += [v for v in _closure(function) if _is_code(v)]
             return
+        self.functions.append(function)
         for cell in function.__closure__ or ():
             self.cells[id(cell)] = cell
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -142,3 +174,15 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
     return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def _tells_stand_ins(code: types.CodeType) -> bool:
+    instructions = list(dis.get_instructions(code))
+    for at, (one, following) in enumerate(pairwise(instructions)):
+        catches = one.opname == "PUSH_EXC_INFO" and following.opname == "POP_TOP"  # a bare `except:`
+        asks = one.argval == "__class__" or (one.argval == "type" and one.opname == "LOAD_GLOBAL")
+        if asks and "__name__" not in [after.argval for after in instructions[at : at + 8]]:
+            return True
+        if catches or one.opname == "CHECK_EXC_MATCH":
+            return True
+    return False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +16,8 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTIL
 # the machinery between the user's line and the node
 _MACHINERY = ("/torch/nn/", "/torch/fx/", "/fxprop/frontends/")
 
+# where runs of a model begin
+_RUN = str(Path(__file__).with_name("observe.py"))
 # code between a user's line and an operator that runs
 _BELOW = (*(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, Path(__file__).parent)), "<")
 
@@ -35,11 +40,25 @@ def source_line(trace: str | None) -> str | None:
 
 
 def users_line() -> str:
-    """The innermost line at work that is neither torch's nor ours: "file.py:12"."""
+    """The innermost lines at work that are neither torch's nor ours: "layers.py:12 (from net.py:40)"."""
+    lines: list[str] = []
     frame = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and len(lines) < 3:
         file = frame.f_code.co_filename
+        if file == _RUN:
+            break
         if not file.startswith(_BELOW):
-            return f"{file}:{frame.f_lineno}"
+            lines.append(f"{file}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    return called_from(lines)
+
+
+def called_from(lines: Sequence[str]) -> str:
+    """Lines, the innermost first, as they are told."""
+    return lines[0] + (f" (from {', '.join(lines[1:])})" if lines[1:] else "") if lines else ""
+
+
+def first_line(function: Any) -> str:
+    """Where a function is defined, "file.py:12"; empty if that is not known."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import fx, nn
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends.compiled import uncompile
 from fxprop.frontends.module import TracedModule
-from fxprop.frontends.source import users_line
+from fxprop.frontends.source import first_line, source_line, users_line
 from fxprop.frontends.stored import Graphs, copy_graphs
 from fxprop.frontends.tensors import Made, is_random, storage_of, tensors_in
 from fxprop.frontends.tracer import LeafModules, SiteTracer, the_model
@@ -104,8 +105,14 @@ class _Trace:
             elsewhere, _ = self._traced(lines=False)
         if not same_graph(elsewhere, self.graph):
             raise TraceError(
-                f"torch.fx cannot trace {the_model(self._tree)}: its code asks whether gradients or "
-                "autocast are enabled, and a graph would hold the answer it got while it was made"
+                f"torch.fx cannot trace {the_model(self._tree)}: {self._line_of_question(elsewhere)}: its "
+                "code asks whether gradients, autocast or inference mode are enabled, and a graph would hold "
+                "the answer that it got while it was made"
+            )
+        if _hands_out(self.graph, self.constants):
+            raise TraceError(
+                f"torch.fx cannot trace {the_model(self._tree)}: {first_line(type(self._tree).forward)}: it "
+                "returns a tensor that it makes anew in each call, and a graph would return the same one"
             )
 
     def _traced(self, *, lines: bool) -> tuple[fx.Graph, dict[str, Any]]:
@@ -119,12 +126,57 @@ class _Trace:
         self._state.restore()
         faults = [
             *frozen.faults,
-            *(f"its code changes {change}, which a graph would not do" for change in changes),
-            *(f"its code draws numbers from {name}, once for all in a graph" for name in drawn),
+            *(
+                f"{self._line(change)}: its code changes {change}, which a graph would not do"
+                for change in changes
+            ),
+            *(
+                f"{self._line(name)}: its code draws numbers from {name}, once for all in a graph"
+                for name in drawn
+            ),
         ]
         if faults:
             raise TraceError(f"torch.fx cannot trace {the_model(self._tree)}: {'; '.join(faults[:3])}")
         return graph, constants
+
+    def _line(self, told: str) -> str:
+        """The line that does something to what is named in `told`."""
+        name = told.partition("'")[2].partition("'")[0] or told.partition(".")[0]
+        reach = self._state.reach
+        lines = (reach.line_of(name), reach.line_of(told.rpartition(".")[2]))
+        return next(filter(None, lines), first_line(type(self._tree).forward))
+
+    def _line_of_question(self, elsewhere: fx.Graph) -> str:
+        """Where the code asks for its surroundings, or else where it goes another way in others."""
+        questions = (
+            name for name in self._state.reach.names if name.startswith("is_") and "enabled" in name
+        )
+        nodes = zip(self.graph.nodes, elsewhere.nodes, strict=False)
+        other_way = (node for node, other in nodes if (node.op, node.target) != (other.op, other.target))
+        lines = [self._state.reach.line_of(name) for name in sorted(questions)]
+        lines += [source_line(node.stack_trace) or "" for node in other_way]
+        return next(filter(None, lines), first_line(type(self._tree).forward))
+
+
+# what gives a view of its first argument
+_VIEWS = frozenset(
+    ("view", "reshape", "expand", "transpose", "permute", "t", "unsqueeze", "squeeze", "getitem", "detach")
+) | frozenset(
+    ("contiguous", "to", "flatten", "expand_as", "view_as", "narrow", "select", "float", "requires_grad_")
+)
+
+
+def _hands_out(graph: fx.Graph, constants: Mapping[str, Any]) -> bool:
+    """Whether `graph` returns one of the tensors that it keeps, or a view of one."""
+    waiting = [node for out in graph.nodes if out.op == "output" for node in out.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr" and node.target in constants:
+            return True
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op.startswith("call") and node.args and (name in _VIEWS or node.target is OrderedDict):
+            waiting += node.all_input_nodes
+    return False
 
 
 def same_graph(one: fx.Graph, other: fx.Graph) -> bool:
@@ -140,9 +192,14 @@ def _other_surroundings() -> Iterator[None]:
     """Where gradients are disabled if they are enabled here, and autocast is on if it is off."""
     with global_state_kept():
         torch.set_grad_enabled(not torch.is_grad_enabled())
+        inference = torch.inference_mode(not torch.is_inference_mode_enabled())
         for kind in AUTOCAST:
             torch.set_autocast_enabled(kind, not torch.is_autocast_enabled(kind))
-        yield
+        if torch.is_grad_enabled():
+            yield
+            return
+        with inference:
+            yield
 
 
 class _FrozenValues(Made):  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from fxprop.errors import InputError, TraceError
 from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
 from fxprop.frontends.leaves import SITE_MODULES
-from fxprop.frontends.source import users_stack
+from fxprop.frontends.source import first_line, users_stack
 from fxprop.frontends.untouched import AUTOCAST
 from fxprop.ops.table import registered_classes
 
@@ -144,7 +144,10 @@ class SiteTracer(fx.Tracer):
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for node in self.graph.nodes:
             if node.target in ("nan", "inf") or not all(_is_literal(default) for default in node.args):
-                raise TraceError(f"generated code cannot take argument {node.target!r} with its default")
+                raise TraceError(
+                    f"{first_line(root_fn)}: generated code cannot take argument {node.target!r} with its "
+                    "default"
+                )
         if self._given is None:
             return fn, args
         defaults = {
@@ -244,9 +247,11 @@ def _explain(error: Exception, where: str) -> str:
     outside = [f for f in users if torch_files not in Path(f.filename).parents]
     frame = (outside or users or list(frames))[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    callers = [f"{f.filename}:{f.lineno}" for f in outside if f is not frame]
+    outer = f" (from {', '.join(callers[-2:])})" if callers else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`: {reason}. "
+        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`{outer}: {reason}. "
         "Keep that module as one call with leaf_modules=[...] (its class or its name; its layers then stay "
         "dense), or move the line into a function marked with torch.fx.wrap."
     )

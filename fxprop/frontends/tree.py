@@ -7,7 +7,9 @@ lands there and never on the model that was passed in.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
+import random
 import types
 import weakref
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from torch import nn
 
 from fxprop.frontends.compiled import IN_PLACE, compiled_again, is_compiled, original_of
 from fxprop.frontends.generated import is_generated, sibling
-from fxprop.frontends.objects import CACHED, cell_value, held_by, is_holder, packages_of, slot_values
+from fxprop.frontends.objects import CACHED, cell_value, held_by, is_holder, is_iterator, slot_values
 
 
 def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
@@ -38,11 +40,10 @@ def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = 
 class _Copier:
     def __init__(self, root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensor = tensor
-        self._packages = packages_of(root)
         self._done: dict[int, Any] = {}
         # keeps the originals alive, so that an id in `_done` cannot be reused
         self._seen: list[Any] = []
-        self._lead = _leading_to_modules(root, self._packages)
+        self._lead = _leading_to_modules(root)
 
     def module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._done and is_compiled(module):
@@ -80,7 +81,17 @@ class _Copier:
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return self._through(value) if id(value) in self._lead else value
+        if id(value) in self._lead:
+            return self._through(value)
+        return self._of_its_own(value)
+
+    def _of_its_own(self, value: Any) -> Any:
+        """What draws numbers or counts for its module does so for each copy by itself."""
+        if isinstance(value, torch.Generator):
+            return self._remember(value, value.clone_state())
+        if isinstance(value, random.Random) or hasattr(value, "bit_generator") or is_iterator(value):
+            return self._remember(value, copy.copy(value) if is_iterator(value) else copy.deepcopy(value))
+        return value
 
     def _through(self, value: Any) -> Any:
         """A copy of an object through which a module is reached."""
@@ -98,7 +109,7 @@ class _Copier:
             return self._remember(value, again(self.value(value.__wrapped__)))
         if isinstance(value, weakref.ref):
             return type(value)(self.value(value()))
-        if is_holder(value, self._packages):
+        if is_holder(value):
             return self._holder(value)
         return value
 
@@ -146,7 +157,7 @@ class _Copier:
         return twin
 
 
-def _leading_to_modules(root: nn.Module, packages: frozenset[str]) -> set[int]:
+def _leading_to_modules(root: nn.Module) -> set[int]:
     """The ids of all objects through which a module in `root` is reached."""
     holders: dict[int, list[Any]] = {}
     seen: dict[int, Any] = {id(root): root}
@@ -156,7 +167,7 @@ def _leading_to_modules(root: nn.Module, packages: frozenset[str]) -> set[int]:
         value = waiting.pop()
         if isinstance(value, nn.Module):
             found.append(value)
-        for held in held_by(value, packages):
+        for held in held_by(value):
             holders.setdefault(id(held), []).append(value)
             if id(held) not in seen:
                 seen[id(held)] = held

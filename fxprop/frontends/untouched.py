@@ -21,7 +21,7 @@ from torch import fx, nn
 # not a public path, but the one torch's own documentation imports it from
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxprop.frontends.objects import cell_value, held_by, is_holder, packages_of, slot_values
+from fxprop.frontends.objects import cell_value, held_by, is_holder, is_iterator, slot_values
 from fxprop.frontends.reach import Reach
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -47,7 +47,6 @@ class PythonState:
     """
 
     def __init__(self, root: nn.Module, *others: Any) -> None:
-        self._packages = packages_of(root)
         self._kept: list[_Kept] = []
         # holds what was seen, so that no id is used twice
         self._seen: dict[int, Any] = {}
@@ -62,6 +61,8 @@ class PythonState:
         for cell in self.reach.cells.values():
             self._cell(cell)
         self._waiting += [("a default argument", value) for value in self.reach.defaults.values()]
+        for function in self.reach.functions:
+            self._mapping(f"attribute {{!r}} of the function {function.__name__}", vars(function))
         for cls in self.reach.classes.values():
             self._class(cls)
         while self._waiting:
@@ -70,6 +71,9 @@ class PythonState:
     def changes(self) -> list[str]:
         """What is not as it was."""
         return list(dict.fromkeys(change for kept in self._kept for change in kept.changes()))
+
+    # what was not as it was when the context in which it was kept was left
+    changed: tuple[str, ...] = ()
 
     def restore(self) -> None:
         """Put everything back, and empty caches of functions that hold what only a run has."""
@@ -114,15 +118,21 @@ class PythonState:
         elif isinstance(value, types.FunctionType):
             for cell in value.__closure__ or ():
                 self._cell(cell)
+        elif hasattr(value, "bit_generator"):  # of NumPy's
+            generator, drawn = value.bit_generator, value.bit_generator.state
+            same = functools.partial(_equal_text, lambda: generator.state, repr(drawn))
+            self._keep(where, same, functools.partial(setattr, generator, "state", drawn))
+        elif is_iterator(value):
+            self._state(where, lambda: repr(value.__reduce__()), lambda _: None)  # a copy's own
         elif type(value).__module__ == "numpy" and hasattr(value, "flags"):
             before = value.copy()
             same = functools.partial(_same_array, value, before)
             self._keep(where, same, lambda: value.__setitem__(..., before))
-        elif is_holder(value, self._packages):
+        elif is_holder(value):
             if hasattr(value, "__dict__"):
                 self._mapping(where, vars(value))
             self._slots(where, value)
-        self._waiting += [(where, held) for held in held_by(value, self._packages)]
+        self._waiting += [(where, held) for held in held_by(value)]
 
     def _keep(self, where: str, same: Callable[[], bool], put_back: Callable[[], Any]) -> None:
         self._kept.append(_Kept(lambda: [] if same() else [where], put_back))
@@ -229,6 +239,10 @@ def _equal(now: Any, before: Any) -> bool:
     return plain and bool(now == before)
 
 
+def _equal_text(now: Callable[[], Any], before: str) -> bool:
+    return repr(now()) == before
+
+
 def _same_array(now: Any, before: Any) -> bool:
     return bool(now.shape == before.shape and now.tobytes() == before.tobytes())
 
@@ -281,6 +295,7 @@ def untouched(root: nn.Module, *others: Any) -> Iterator[PythonState]:
         try:
             yield state
         finally:
+            state.changed = tuple(state.changes())
             state.restore()
 
 

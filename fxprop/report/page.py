@@ -66,17 +66,17 @@ class Line:
     # the largest dense count of all layers, whose bar is the longest
     longest: int
 
-    @property
+    @cached_property
     def row(self) -> Row:
         """The same as a row of the text table."""
         return Row(self.layer.name, (self.layer,))
 
-    @property
+    @cached_property
     def counts(self) -> Mapping[str, int]:
         """FLOPs of both gradients, by column; 0 where unknown."""
         return {column: self.row.total(column) or 0 for column in wording.COLUMNS}
 
-    @property
+    @cached_property
     def text(self) -> Mapping[str, str]:
         """The counts as they are printed."""
         return {column: self.report.unit.text(self.row.total(column)) for column in wording.COLUMNS}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tabulate import SEPARATING_LINE, tabulate
 
 from fxprop.report.tree import Depth, Row, rows_of
-from fxprop.report.units import percent
+from fxprop.report.units import Unit, percent
 from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ _COLLAPSED = (
 def to_text(report: Report, width: int, depth: Depth) -> str:
     """Tables for reading: grouped by module, as wide as `width` allows."""
     width = max(width, _NARROWEST)
-    collapsed = any(row.layer is None and not row.is_heading for row in _shown(report, depth))
+    layers = _Layers.of(report, depth)
+    collapsed = any(row.layer is None and not row.is_heading for row in layers.rows)
     parts = [
         textwrap.fill(title(report), width),
-        _fitting(report, width, depth),
+        _fitting(layers, width),
         *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth)),
         *(textwrap.fill(note, width) for note in [*notes(report), *([_COLLAPSED] if collapsed else [])]),
     ]
@@ -39,7 +41,7 @@ def to_text(report: Report, width: int, depth: Depth) -> str:
 
 def to_markdown(report: Report, depth: Depth) -> str:
     """The same as Markdown, with all columns."""
-    table = _layers(report, depth, list(_EXTRA), _bold_heading, "github")
+    table = _Layers.of(report, depth).to_text(_bold_heading, list(_EXTRA), "github")
     side = (_tabulate(rows, header, "github") for header, rows in _side_tables(report, depth))
     parts = [title(report), table, *side, *notes(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -57,36 +59,91 @@ _EXTRA: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _worth_showing(column: str, shown: Sequence[Row]) -> bool:
-    """Whether a column has something to say: any remark, or something for most of the rows."""
-    filled = [bool(_EXTRA[column](row)) for row in shown if not row.is_heading]
-    return any(filled) if column == "remarks" else 2 * sum(filled) >= len(filled)
+@dataclass(frozen=True)
+class _Layers:
+    """The table of layers before names and extra columns are chosen."""
+
+    rows: tuple[Row, ...]
+    # names of the lines of totals, which follow the rows
+    totals: list[str]
+    unit: Unit
+    # the cells of rows and totals by column
+    columns: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, report: Report, depth: Depth) -> _Layers:
+        """Every cell but the names."""
+        rows, totals = rows_of(report.listed, depth), total_lines(report)
+        blank = [""] * len(totals)
+        columns = {"kept": [*map(kept, rows), *blank]}
+        for position, column in enumerate(COLUMNS):
+            counts = [*(row.total(column) for row in rows), *(sums[position] for _, sums in totals)]
+            columns[column] = [report.unit.text(count) for count in counts]
+        saved = [*blank[1:], percent(report.totals.saving)] if totals else []
+        columns["saved"] = [*(percent(row.saved) for row in rows), *saved]
+        extra = {column: [*map(cell, rows), *blank] for column, cell in _EXTRA.items()}
+        return cls(rows, [name for name, _ in totals], report.unit, columns | extra)
+
+    def worth_showing(self, column: str) -> bool:
+        """Whether a column has something to say: any remark, or something for most of the rows."""
+        cells = zip(self.rows, self.columns[column], strict=False)
+        filled = [bool(cell) for row, cell in cells if not row.is_heading]
+        return any(filled) if column == "remarks" else 2 * sum(filled) >= len(filled)
+
+    def width(self, name: Callable[[Row], str], extra: Sequence[str] = ()) -> int:
+        """Of the table: as of one whose only line has the longest cell of each column."""
+        longest = [max(cells, key=len) for cells in self._cells(name, extra)]
+        return max(map(len, self._tabulated([longest], extra).splitlines()))
+
+    def to_text(self, name: Callable[[Row], str], extra: Sequence[str] = (), style: str = "simple") -> str:
+        """The table with names by `name`, and with the columns `extra`."""
+        if not self.rows:
+            return "No layer was found that could be rewritten."
+        lines: list[Any] = []
+        for position, line in enumerate(zip(*self._cells(name, extra), strict=True)):
+            if style == "simple" and self._is_separated(position):
+                lines.append(SEPARATING_LINE)
+            lines.append(line)
+        return self._tabulated(lines, extra, style)
+
+    def _cells(self, name: Callable[[Row], str], extra: Sequence[str]) -> list[list[str]]:
+        names = [*map(name, self.rows), *self.totals]
+        return [names, *(self.columns[column] for column in ("kept", *COLUMNS, "saved", *extra))]
+
+    def _is_separated(self, position: int) -> bool:
+        """Whether another of the model's own children begins in a line, or the totals."""
+        if position in (0, len(self.rows)):
+            return position > 0
+        if position > len(self.rows):
+            return False
+        above, row = self.rows[position - 1 : position + 1]
+        return above.top != row.top and (row.is_heading or bool(above.parents))
+
+    def _tabulated(self, lines: Sequence[Any], extra: Sequence[str], style: str = "simple") -> str:
+        between = ", " if style == "github" else "\n"
+        numbers = [f"{column}{between}{self.unit}" for column in COLUMNS]
+        return _tabulate(
+            lines,
+            ["layer", "kept", *numbers, "saved", *extra],
+            style,
+            ["left", *["right"] * 5, *["left"] * len(extra)],
+        )
 
 
-def _fitting(report: Report, width: int, depth: Depth) -> str:
+def _fitting(layers: _Layers, width: int) -> str:
     """The table with as many of the extra columns as fit, and names as long as fit."""
-    shown = _shown(report, depth)
-
-    def fits(text: str) -> bool:
-        return max(map(len, text.splitlines())) <= width
-
-    name: Callable[[Row], str] = _full_name
-    text = _layers(report, depth, [], name)
-    if not fits(text):
-        name = _short_name
-        text = _layers(report, depth, [], name)
-    if not fits(text):
-        too_long = max(map(len, text.splitlines())) - width
-        room = max(len(_short_name(row)) for row in shown) - too_long
-        return _layers(report, depth, [], lambda row: _cut(_short_name(row), room))
+    if not layers.rows:
+        return layers.to_text(_full_name)
+    name = _full_name if layers.width(_full_name) <= width else _short_name
+    too_long = layers.width(name) - width
+    if too_long > 0:
+        room = max(len(_short_name(row)) for row in layers.rows) - too_long
+        return layers.to_text(lambda row: _cut(_short_name(row), room))
     extra: list[str] = []
     for column in _EXTRA:
-        if not _worth_showing(column, shown):
-            continue
-        with_column = _layers(report, depth, [*extra, column], name)
-        if fits(with_column):
-            text, extra = with_column, [*extra, column]
-    return text
+        if layers.worth_showing(column) and layers.width(name, [*extra, column]) <= width:
+            extra.append(column)
+    return layers.to_text(name, extra)
 
 
 def _full_name(row: Row) -> str:
@@ -106,52 +163,6 @@ def _cut(text: str, length: int) -> str:
     """`text` without its middle, where it is longer."""
     half = max(length - 1, 2) // 2
     return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
-
-
-def _shown(report: Report, depth: Depth) -> tuple[Row, ...]:
-    return rows_of(report.listed, depth)
-
-
-def _layers(
-    report: Report,
-    depth: Depth,
-    extra: Sequence[str],
-    name: Callable[[Row], str] = _full_name,
-    style: str = "simple",
-) -> str:
-    shown = _shown(report, depth)
-    if not shown:
-        return "No layer was found that could be rewritten."
-
-    def line(label: str, counts: Iterable[int | None], saved: str = "", of: Row | None = None) -> list[str]:
-        return [
-            label,
-            kept(of) if of else "",
-            *map(report.unit.text, counts),
-            saved,
-            *(_EXTRA[column](of) if of else "" for column in extra),
-        ]
-
-    lines: list[Any] = []
-    for position, row in enumerate(shown):
-        top, above = ((r.parents or (r.name,))[0] for r in (row, shown[position - 1]))
-        if position and top != above and (row.is_heading or shown[position - 1].parents):
-            lines.append(SEPARATING_LINE)
-        lines.append(line(name(row), map(row.total, COLUMNS), percent(row.saved), row))
-    totals = [line(label, counts) for label, counts in total_lines(report)]
-    if totals:
-        totals[-1][5] = percent(report.totals.saving)
-        lines += [SEPARATING_LINE, *totals]
-    numbers = [f"{column}\n{report.unit}" for column in COLUMNS]
-    if style == "github":
-        numbers = [f"{column}, {report.unit}" for column in COLUMNS]
-        lines = [line for line in lines if line is not SEPARATING_LINE]
-    return _tabulate(
-        lines,
-        ["layer", "kept", *numbers, "saved", *extra],
-        style,
-        ["left", *["right"] * 5, *["left"] * len(extra)],
-    )
 
 
 # --- what is not rewritten --------------------------------------------------------------------------------

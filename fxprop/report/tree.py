@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from fxprop.report.report import Layer
@@ -34,16 +35,29 @@ class Row:
         """The layer, where the row is one; None for a module."""
         return self.layers[0] if len(self.layers) == 1 else None
 
+    @property
+    def top(self) -> str:
+        """The outermost module with a row of its own that it belongs to, or itself."""
+        return (self.parents or (self.name,))[0]
+
     def total(self, column: Column) -> int | None:
         """FLOPs of both gradients of all its layers; None where unknown."""
-        counts = [getattr(layer, column) for layer in self.layers]
-        return None if None in counts else sum(count.total for count in counts)
+        return self._totals[column]
+
+    @cached_property
+    def _totals(self) -> Mapping[Column, int | None]:
+        return {column: _sum(self.layers, column) for column in get_args(Column)}
 
     @property
     def saved(self) -> float | None:
         """The share of the dense backward that is not executed; None where there is none."""
         dense, executed = self.total("dense"), self.total("executed")
         return None if not dense or executed is None else 1 - executed / dense
+
+
+def _sum(layers: Sequence[Layer], column: Column) -> int | None:
+    counts = [getattr(layer, column) for layer in layers]
+    return None if None in counts else sum(count.total for count in counts)
 
 
 def rows_of(layers: Sequence[Layer], depth: Depth = None) -> tuple[Row, ...]:
@@ -65,9 +79,10 @@ def readable_depth(layers: Sequence[Layer]) -> int | Literal["all"]:
     """The deepest level that collapses: at which rows are at most half as many as layers."""
     if len(layers) <= _FEW:
         return "all"
+    tree = _tree(layers)
     counts = {0: 1}
     for level in range(1, _deepest(layers) + 1):
-        count = sum(not row.is_heading for row in rows_of(layers, level))
+        count = sum(not row.is_heading for row in _rows(tree, level, ()))
         if count > max(len(layers) / 2, 1):
             break
         counts[level] = count
@@ -83,25 +98,27 @@ class _Node:
     layers: list[Layer] = field(default_factory=list)
     children: dict[str, _Node] = field(default_factory=dict)
 
-    def all_layers(self) -> Iterator[Layer]:
-        yield from self.layers
-        for child in self.children.values():
-            yield from child.all_layers()
+    @cached_property
+    def all_layers(self) -> tuple[Layer, ...]:
+        below = (layer for child in self.children.values() for layer in child.all_layers)
+        return (*self.layers, *below)
 
 
 def _tree(layers: Sequence[Layer]) -> _Node:
     root = _Node("", 0)
     for layer in layers:
         node = root
-        parts = layer.name.split(".")
-        for level in range(1, len(parts) + 1):
-            node = node.children.setdefault(parts[level - 1], _Node(".".join(parts[:level]), level))
+        for part in layer.name.split("."):
+            if part not in node.children:
+                name = f"{node.name}.{part}" if node.level else part
+                node.children[part] = _Node(name, node.level + 1)
+            node = node.children[part]
         node.layers.append(layer)
     return root
 
 
 def _rows(node: _Node, depth: int, parents: tuple[str, ...]) -> Iterator[Row]:
-    layers = tuple(node.all_layers())
+    layers = node.all_layers
     if len(layers) == 1:
         yield Row(layers[0].name, layers, parents)
         return
