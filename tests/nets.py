@@ -230,6 +230,7 @@ def assert_behaves_like(module, untouched, inputs=(X,), kwargs=None, modes=(True
 def names_the_line(error, case, *children):
     """Whether an error says which line of a case's code, or of functions or children, it is about."""
     for code in (case.forward, *(getattr(child, "forward", child) for child in children)):
+        code = inspect.unwrap(code)
         lines, first = inspect.getsourcelines(code)
         file = re.escape(inspect.getsourcefile(code))
         if any(re.search(rf"{file}:{first + number}\b", str(error)) for number in range(len(lines))):

@@ -238,8 +238,6 @@ class Changes(Net):
             torch.set_grad_enabled(False)
         if self.change == "dtype":
             torch.set_default_dtype(torch.float64)
-        if self.change == "device":
-            torch.set_default_device("meta")
         if self.change == "seed":
             torch.manual_seed(4)
         if self.change == "autocast":
@@ -262,7 +260,6 @@ def changed_back():
     yield
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
     torch.set_autocast_enabled("cpu", False)
     torch.autograd.set_detect_anomaly(False)
 
@@ -272,7 +269,7 @@ def changed_back():
 @pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize(
     "change",
-    ["grad", "dtype", "device", "seed", "autocast", "anomaly", "training", "hook", "requires_grad"],
+    ["grad", "dtype", "seed", "autocast", "anomaly", "training", "hook", "requires_grad"],
 )
 def test_what_code_changes_around_it_is_as_before(change, fails):
     torch.manual_seed(0)
@@ -386,9 +383,10 @@ def test_layers_called_otherwise_than_by_forward_are_sparse_too(how, frontend):
     model = Trainer()
     untouched = copy.deepcopy(model)
     gm, _ = transform(model, frontend=frontend)
-    for module in (gm, copy.deepcopy(gm), fxprop.restore(gm)):
+    for module, most in ((gm, 4), (copy.deepcopy(gm), 4), (fxprop.restore(gm), 12)):
         module.zero_grad()
         ours = METHODS[how](module)
         assert torch.equal(ours, METHODS[how](untouched))
         ours.square().sum().backward()
-        assert 1 <= sparse_rows(module.b) <= 4 or (type(module) is Trainer and sparse_rows(module.b) > 4)
+        assert 1 <= sparse_rows(module.b) <= most
+        assert most == 4 or sparse_rows(module.b) > 4

@@ -34,8 +34,7 @@ def assumptions(root: nn.Module, graph: fx.Graph) -> list[Assumption]:
         if not _is_below(name, called):
             values.of_module(name, module, called)
     for cls in reach.classes.values():
-        if issubclass(cls, nn.Module):
-            values.of_mapping(vars(cls))
+        values.of_mapping(vars(cls))
     for namespace, name in reach.variables.values():
         values.add(namespace.get, name, namespace[name])
     for cell in reach.cells.values():
@@ -49,7 +48,7 @@ def modes(root: nn.Module, graph: fx.Graph, training: Callable[[str], bool]) -> 
     return [
         (vars(module).get, "training", training(name))
         for name, module in root.named_modules()
-        if name and not _is_below(name, called) and is_users(type(module))
+        if name and not _is_below(name, called) and _has_users_code(module)
     ]
 
 
@@ -69,7 +68,8 @@ def told(assumption: Assumption) -> str:
     function, argument, value = assumption
     if isinstance(value, nn.Module):
         return f"the child {argument!r}"
-    return "a list that its code reads" if function.__name__ == "__eq__" else f"{argument!r}"
+    name = getattr(function, "__name__", "")
+    return {"__eq__": "a list that its code reads", "len": "a list of children"}.get(name, f"{argument!r}")
 
 
 def _is_below(name: str, called: set[str]) -> bool:
@@ -84,14 +84,21 @@ class _Values:
         self._seen: dict[int, Any] = {}
 
     def add(self, function: Callable[[Any], Any], argument: Any, value: Any) -> None:
-        if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        if isinstance(value, types.ModuleType):
             return
-        if not isinstance(value, type | types.FunctionType):
+        if not isinstance(value, type) and not callable(value):
             self.contents(value)
         self.found.append((function, argument, value))
 
     def of_module(self, name: str, module: nn.Module, called: set[str]) -> None:
         attributes = vars(module)
+        # one of its own would be called in place of the class's; added to a list, a child would be called
+        self.found.append((attributes.get, "forward", attributes.get("forward")))
+        self.found.append((len, attributes["_modules"], len(attributes["_modules"])))
+        for cls in type(module).__mro__ if _has_users_code(module) else ():
+            if is_users(cls):
+                for key in self._names & vars(cls).keys() - attributes.keys():
+                    self.found.append((attributes.get, key, None))
         for key in _read_of(module, self._names):
             self.add(attributes.get, key, attributes[key])
         for key, child in attributes["_modules"].items():
@@ -103,7 +110,7 @@ class _Values:
 
     def of_mapping(self, mapping: Mapping[str, Any]) -> None:
         for key, value in list(mapping.items()):
-            if key in self._names and not hasattr(value, "__get__"):
+            if key in self._names:
                 self.add(mapping.get, key, value)
 
     def contents(self, value: Any) -> None:
@@ -122,13 +129,17 @@ class _Values:
                     self.add(vars(value).get, key, held)
 
 
+def _has_users_code(module: nn.Module) -> bool:
+    return any(is_users(cls) for cls in type(module).__mro__)
+
+
 def _read_of(module: nn.Module, names: set[str]) -> Iterator[str]:
     """The attributes of `module` whose values are in a graph of its code."""
     constants = next((c for cls, (_, c) in SITE_MODULES.items() if isinstance(module, cls)), None)
     for key, value in list(vars(module).items()):
-        if constants is not None and not is_users(type(module)):
+        if constants is not None and not _has_users_code(module):
             read = key in constants or key == "padding_mode"
-        elif is_users(type(module)):
+        elif _has_users_code(module):
             read = key in names
         else:
             read = not key.startswith("_") and isinstance(value, bool | int | float | str | tuple | None)

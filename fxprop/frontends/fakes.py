@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 
 from fxprop.errors import InputError
 from fxprop.frontends.compiled import uncompile
+from fxprop.frontends.generated import set_mode
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.tensors import Made, storage_of
 from fxprop.frontends.tree import copy_tree
@@ -92,7 +93,7 @@ class Twin:
             if training is not None and training != self.root.training:
                 stack.enter_context(untouched(self.root))
                 with self.mode or contextlib.nullcontext():
-                    self.root.train(training)
+                    set_mode(self.root, training)
             state = stack.enter_context(untouched(self.root, self.args, self.kwargs))
             stack.enter_context(self.mode or contextlib.nullcontext())
             stack.enter_context(torch.enable_grad())

@@ -20,6 +20,11 @@ def make_class(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -
     return maker.__new__(metaclass, name, bases, attributes)
 
 
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Put `module` in a mode by its own methods, which may do more."""
+    module.train() if training else module.eval()
+
+
 def is_generated(cls: type) -> bool:
     """Whether fx made `cls` for one module."""
     return cls.__qualname__.rpartition(".")[2] == "GraphModuleImpl"

@@ -8,7 +8,6 @@ instance of the class it was traced from, with its methods; so its own names beg
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import types
@@ -31,7 +30,7 @@ from fxprop.frontends.generated import (
 )
 from fxprop.frontends.hooks import registries
 from fxprop.frontends.objects import slot_values
-from fxprop.frontends.stored import Graphs, StoredGraphs, copy_graphs
+from fxprop.frontends.stored import Graphs, HeldGraphs, copy_graphs
 
 _OWN = (
     "_fx_graphs",
@@ -47,6 +46,7 @@ _OWN = (
     "_fx_assumptions",
     "_fx_changed",
     "_fx_here",
+    "_fx_pending",
 )
 # how many versions of a rewrite are kept
 _REMEMBERED = 32
@@ -121,21 +121,31 @@ class TracedModule(fx.GraphModule):
         self.__dict__.update(own)
 
     def _fx_set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
-        self._fx_graphs = dict(graphs)
-        self._fx_before = dict(graphs if before is None else before)
+        self._fx_begin(graphs, graphs if before is None else before, untraced)
+        # names of the modules that were in the other mode than this one when it was traced
+        self._fx_odd = frozenset(n for n, m in self.named_modules() if m.training != self.training)
+        self._fx_here = self.training
+        self._fx_show(self._fx_graphs[self.training])
+
+    def _fx_begin(self, graphs: Graphs, before: Graphs, untraced: str) -> None:
+        self._fx_graphs, self._fx_before = dict(graphs), dict(before)
         self._fx_untraced = untraced
         self._fx_versions: dict[Hashable, Graphs] = {}
         # graph -> its generated code, and the class that has it as forward
         self._fx_generated: dict[fx.Graph, tuple[Any, type[nn.Module]]] = {}
         self._fx_warns_of_hooks = True
-        # names of the modules that were in the other mode than this one when it was traced
-        self._fx_odd = frozenset(n for n, m in self.named_modules() if m.training != self.training)
         # mode -> what its graph takes for granted; empty for copies that fxprop itself works on
         self._fx_assumptions: dict[bool, list[Assumption]] = {}
         # what of that has changed, in whose consequence the code runs as written
         self._fx_changed = ""
-        self._fx_here = self.training
-        self._fx_show(self._fx_graphs[self.training])
+        # what is to be done before the first call, when all of its tree is there
+        self._fx_pending = "look"
+
+    def _fx_settle(self) -> None:
+        pending, self._fx_pending = self._fx_pending, ""
+        self._fx_uncalled = _uncalled(self, self._graph)
+        if pending == "arm":
+            self.fx_arm()
 
     def fx_arm(self) -> None:
         """From now on, notice changes of what the graphs take for granted."""
@@ -194,7 +204,7 @@ class TracedModule(fx.GraphModule):
             if self._fx_generated:
                 self.__class__ = in_place_of(type(self), sibling(type(self)))  # type: ignore[assignment]
             self.graph = graph
-        self._fx_uncalled = _uncalled(self, graph)
+        self._fx_pending = self._fx_pending or "look"
 
     def recompile(self) -> Any:
         """Regenerate the code from the graph, as after editing it."""
@@ -234,10 +244,12 @@ class TracedModule(fx.GraphModule):
         if "forward" in vars(self):
             self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
         self.recompile()
-        self._fx_uncalled = _uncalled(self, self._graph)
+        self._fx_pending = "look"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # nothing that is written in Python may be called here: torch.compile would take it for the model
+        if self._fx_pending:
+            self._fx_settle()
         if self._fx_warns_of_hooks and any(self._fx_uncalled.values()):
             self._fx_warn_of_hooks()
         if self._fx_assumptions:
@@ -307,58 +319,61 @@ class TracedModule(fx.GraphModule):
             self._fx_show(graph)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in (*_GRAPH_MODULE, *_OWN, "graph"):
+            object.__setattr__(self, name, value)  # a user's own __setattr__ is for a user's attributes
+        else:
+            super().__setattr__(name, value)
+
+    # copies are made by the way of pickles, in which the object is there before what it holds, maybe itself;
+    # a method would be found by wrappers that look up on their module what they lack
+    __deepcopy__ = None  # type: ignore[assignment]
+
     def __copy__(self) -> TracedModule:
-        return self._fx_copied(lambda value: value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
-        return self._fx_copied(lambda value: copy.deepcopy(value, memo), memo)
-
-    def _fx_copied(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> TracedModule:
-        armed = bool(self._fx_assumptions)
-        if armed:
-            self.fx_arm()  # notices what has changed so far
-        made = sibling(generated_class(type(self)))
-        twin: Any = object.__new__(made)
-        if memo is not None:
-            memo[id(self)] = twin
-        graphs, before = copy_graphs(self._fx_graphs), copy_graphs(self._fx_before)
-        own = {key: vars(self)[key] for key in (*_GRAPH_MODULE, *_OWN)}
-        twin.__dict__.update(own | {"_fx_graphs": graphs, "_fx_before": before})
-        for key, value in vars(self).items():
-            if key not in own:
-                twin.__dict__[key] = value if key == "forward" else copied(value)
-        for name, value in slot_values(self):
-            object.__setattr__(twin, name, copied(value))
-        twin.meta = copied(self.meta)
-        shown = next((m for m, graph in self._fx_graphs.items() if graph is self._graph), None)
-        twin.__dict__["_graph"] = before[self.training] if shown is None else graphs[shown]
-        twin.fx_after_copy()
-        if armed:
-            twin.fx_arm()
-        assert isinstance(twin, TracedModule)
+        twin = _blank(self._fx_base, type(self).__name__)
+        twin.__setstate__(self._fx_state())
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._fx_assumptions:
-            self.fx_arm()  # notices what has changed so far
-        own = {*_GRAPH_MODULE, *_OWN, *({"forward"} if self._fx_changed else ())}
-        state = {
-            "attributes": {key: value for key, value in vars(self).items() if key not in own},
-            "slots": dict(slot_values(self)),
-            "graphs": StoredGraphs.of(self, self._fx_graphs),
-            "before": StoredGraphs.of(self, self._fx_before),
-            "untraced": self._fx_untraced,
-            "name": type(self).__name__,
-            "odd": self._fx_odd,
-            "armed": bool(self._fx_assumptions),
-            "changed": self._fx_changed,
-        }
-        # the object first, and then what it holds, which may be itself
-        return _blank, (self._fx_base,), state, None, None, _set_state
+        return _blank, (self._fx_base, type(self).__name__), self._fx_state()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # some classes that a module may also be an instance of define their own
         return self.__reduce__()
+
+    def _fx_state(self) -> dict[str, Any]:
+        if self._fx_assumptions:
+            self.fx_arm()  # notices what has changed so far
+        own = {*_GRAPH_MODULE, *_OWN, *({"forward"} if self._fx_changed else ())} - {"meta"}
+        return {
+            "attributes": {key: value for key, value in vars(self).items() if key not in own},
+            "slots": dict(slot_values(self)),
+            "graphs": HeldGraphs(self, self._fx_graphs),
+            "before": HeldGraphs(self, self._fx_before),
+            "own": (self._fx_base, self._fx_untraced, self._fx_odd, self._fx_here, self._fx_changed),
+            "armed": bool(self._fx_assumptions),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(
+            {
+                key: value
+                for key, value in vars(fx.GraphModule(nn.Module(), fx.Graph())).items()
+                if key in _GRAPH_MODULE
+            }
+        )
+        vars(self).update(state["attributes"])
+        for name, value in state["slots"].items():
+            object.__setattr__(self, name, value)
+        base, untraced, odd, here, changed = state["own"]
+        self._fx_base, self._fx_original = base, (base, {})
+        graphs, before = (copy_graphs(state[key].graphs) for key in ("graphs", "before"))
+        self._fx_begin(graphs, before, untraced)
+        self._fx_odd, self._fx_here = odd, here
+        self._fx_show(self._fx_graphs[self.training])
+        if changed:
+            self._fx_run_as_written(changed)
+        self._fx_pending = "arm" if state["armed"] else "look"
 
 
 # Private: compiled code should begin at each graph's own forward, whose number of versions is not limited,
@@ -393,19 +408,7 @@ def name_in_the_way(module: nn.Module) -> str | None:
     return min((name for name in taken & used if not name.startswith("__")), default=None)
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
-    return object.__new__(base)
-
-
-def _set_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Make of a blank module what `TracedModule.__reduce__` has stored."""
-    vars(module).update(state["attributes"])
-    for name, value in state["slots"].items():
-        object.__setattr__(module, name, value)
-    graphs, before = (state[key].graphs() for key in ("graphs", "before"))
-    traced = TracedModule.fx_install(module, graphs, before, state["untraced"], state["name"])
-    traced._fx_odd = state["odd"]
-    if state["armed"]:
-        traced.fx_arm()
-    if state["changed"]:
-        traced._fx_run_as_written(state["changed"])
+def _blank(base: type[nn.Module], class_name: str) -> TracedModule:
+    bases = (TracedModule,) if base is nn.Module else (TracedModule, base)
+    made: TracedModule = object.__new__(make_class(class_name, bases, {"__qualname__": "GraphModuleImpl"}))
+    return made

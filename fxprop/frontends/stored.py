@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,24 @@ class StoredGraphs(NamedTuple):
             if id(module) not in named:
                 named[id(module)] = _with_names(module.graph, self.nodes[mode])
         return {mode: named[id(module)] for mode, module in self.modules.items()}
+
+
+class HeldGraphs:
+    """Graphs as a part of a module's state, which copies and pickles itself."""
+
+    def __init__(self, root: nn.Module | None, graphs: Graphs) -> None:
+        self._root, self.graphs = root, graphs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldGraphs:
+        return HeldGraphs(None, copy_graphs(self.graphs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._root is not None
+        return _held, (StoredGraphs.of(self._root, self.graphs),)
+
+
+def _held(stored: StoredGraphs) -> HeldGraphs:
+    return HeldGraphs(None, stored.graphs())
 
 
 def _skeleton(root: nn.Module, graph: fx.Graph) -> nn.Module:

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends.compiled import uncompile
+from fxprop.frontends.generated import set_mode
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.source import first_line, source_line, users_line
 from fxprop.frontends.stored import Graphs, copy_graphs
@@ -62,20 +63,30 @@ def trace_modes(
         first = _Trace(leaf_modules, given, tree)
         # of the traced copy, so that a constant has one name in both
         other_tree = copy_tree(tree)
+        uncompile(other_tree)
         vars(other_tree).update(first.constants)
         try:
             with untouched(other_tree):
-                other_tree.train(not here)
+                set_mode(other_tree, not here)
                 there = _Trace(leaf_modules, given, other_tree, like=first.graph)
+                _check_held(there.graph, model, other_tree)
         except TraceError as error:
             return TracedGraphs({here: first.graph}, str(error), first.constants)
     return TracedGraphs({here: first.graph, not here: there.graph}, "", first.constants | there.constants)
 
 
+def _check_held(graph: fx.Graph, model: nn.Module, tree: nn.Module) -> None:
+    """Raise TraceError if `graph`, of `tree` after a change of mode, calls what `model` does not hold."""
+    held, now = (dict(root.named_modules(remove_duplicate=False)) for root in (model, tree))
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target not in held and node.target in now:
+            raise TraceError(f"switching modes makes the module {node.target!r}, which is not there before")
+
+
 def _graphs_of(twin: Any) -> Graphs:
     """The graphs that a GraphModule has in its two modes, for subclasses that switch."""
     here, graph = twin.training, copy.deepcopy(twin.graph)
-    twin.train(not here)
+    set_mode(twin, not here)
     return {here: graph, not here: graph if same_graph(twin.graph, graph) else copy.deepcopy(twin.graph)}
 
 

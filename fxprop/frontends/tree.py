@@ -34,12 +34,17 @@ def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = 
     model's own, bound methods, closures and weak references. Whatever else a module holds is shared. A
     tensor or module met twice is mapped once.
     """
-    return _Copier(root, tensor).module(root)
+    copier = _Copier(root, tensor)
+    twin = copier.module(root)
+    for made in copier.generated:  # the class of the original is for that one alone
+        getattr(made, "fx_after_copy", made.recompile)()
+    return twin
 
 
 class _Copier:
     def __init__(self, root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._tensor = tensor
+        self.generated: list[Any] = []
         self._done: dict[int, Any] = {}
         # keeps the originals alive, so that an id in `_done` cannot be reused
         self._seen: list[Any] = []
@@ -55,8 +60,8 @@ class _Copier:
             twin.__dict__.update({key: self.value(v) for key, v in vars(module).items() if key != IN_PLACE})
             for name, value in slot_values(module):
                 object.__setattr__(twin, name, self.value(value))
-            if generated:  # the class of the original is for that one alone
-                getattr(twin, "fx_after_copy", twin.recompile)()
+            if generated:
+                self.generated.append(twin)
         twin = self._done[id(module)]
         assert isinstance(twin, nn.Module)
         return twin

@@ -213,6 +213,13 @@ class PythonState:
 
     def _class(self, cls: type) -> None:
         place = f"of the class {cls.__name__}"
+        there = frozenset(vars(cls))
+
+        def take_away() -> None:
+            for name in set(vars(cls)) - there:
+                delattr(cls, name)
+
+        self._keep(f"an attribute {place}", lambda: there.issuperset(vars(cls)), take_away)
         names = {name for name in self.reach.names if not name.startswith("__")}
         for name in names & vars(cls).keys():
             value = vars(cls)[name]
@@ -325,6 +332,7 @@ def global_state_kept() -> Iterator[None]:
     kinds = {kind: torch.is_autocast_enabled(kind) for kind in AUTOCAST}
     dtypes = {kind: torch.get_autocast_dtype(kind) for kind in AUTOCAST}
     cached = torch.is_autocast_cache_enabled()
+    anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     with torch.random.fork_rng():
         try:
             yield
@@ -335,8 +343,10 @@ def global_state_kept() -> Iterator[None]:
             torch.set_grad_enabled(grad)
             torch.set_default_dtype(dtype)
             if torch.get_default_device() != device:
-                torch.set_default_device(device)
+                torch.set_default_device(None if device.type == "cpu" else device)
             for kind, enabled in kinds.items():
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtypes[kind])
             torch.set_autocast_cache_enabled(cached)
+            torch.clear_autocast_cache()
+            torch.autograd.set_detect_anomaly(*anomaly)

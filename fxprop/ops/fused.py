@@ -46,11 +46,14 @@ def compiled(formula: Formula[Result], *args: Any) -> Result | None:
     try:
         run = _compiled(formula)
     except RuntimeError as error:  # torch.compile refuses some platforms altogether
-        return _give_up(error)
+        _give_up(error)
+        return None
     try:
-        return run(*args)
+        result: Result = run(*args)
     except _compilers_errors() as error:
-        return _give_up(error)
+        _give_up(error)
+        return None
+    return result
 
 
 def _compilers_errors() -> tuple[type[Exception], ...]:
