@@ -8,6 +8,7 @@ instance of the class it was traced from, with its methods; so its own names beg
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import types
@@ -142,10 +143,10 @@ class TracedModule(fx.GraphModule):
         self._fx_pending = "look"
 
     def _fx_settle(self) -> None:
-        pending, self._fx_pending = self._fx_pending, ""
         self._fx_uncalled = _uncalled(self, self._graph)
-        if pending == "arm":
+        if self._fx_pending == "arm":
             self.fx_arm()
+        self._fx_pending = ""
 
     def fx_arm(self) -> None:
         """From now on, notice changes of what the graphs take for granted."""
@@ -325,8 +326,8 @@ class TracedModule(fx.GraphModule):
         else:
             super().__setattr__(name, value)
 
-    # copies are made by the way of pickles, in which the object is there before what it holds, maybe itself;
-    # a method would be found by wrappers that look up on their module what they lack
+    # copies are made by the way of pickles, in which the object is there before what it holds, maybe
+    # itself; a method would be found by wrappers that look up on their module what they lack
     __deepcopy__ = None  # type: ignore[assignment]
 
     def __copy__(self) -> TracedModule:
@@ -374,6 +375,8 @@ class TracedModule(fx.GraphModule):
         if changed:
             self._fx_run_as_written(changed)
         self._fx_pending = "arm" if state["armed"] else "look"
+        with contextlib.suppress(AttributeError):  # while what refers to it is still being made
+            self._fx_settle()
 
 
 # Private: compiled code should begin at each graph's own forward, whose number of versions is not limited,

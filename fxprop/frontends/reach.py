@@ -62,7 +62,7 @@ class Reach:
             self._visit(self._waiting.pop())
 
     def line_of(self, name: str) -> str:
-        """The line that writes the attribute or variable `name`, or else one that reads it: "file.py:12"."""
+        """The line that writes the attribute or variable `name`, or one that reads it: "file.py:12"."""
         found = ""
         for function in self.functions:
             for code in (function.__code__, *_inner(function.__code__)):

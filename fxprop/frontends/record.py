@@ -12,6 +12,9 @@ import torch
 
 from fxprop.ops.table import Product
 
+# why a layer whose gradient the forward itself computes with stays as it is
+USED = "the model's forward computes with its gradient (autograd.grad), which has to be exact"
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -39,6 +42,8 @@ class GraphCall:
     reached: set[str] = field(default_factory=set)
     # the autograd function (a number in `Autograd`) that made a node's output
     functions: dict[str, int] = field(default_factory=dict)
+    # those at which one arrives while the model's forward runs
+    used: set[str] = field(default_factory=set)
     # when a node ran, counted over the whole run
     order: dict[str, int] = field(default_factory=dict)
 
@@ -57,6 +62,8 @@ class ProductCall:
     function: int | None
     source: str | None
     reached: bool = False
+    # a gradient arrived at it while the model's forward ran
+    used: bool = False
 
 
 @dataclass

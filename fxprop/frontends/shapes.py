@@ -98,6 +98,7 @@ class _Recording:
             ):
                 outputs = self._forward()
             run.forward_flops = forward.get_total_flops()
+            self._note_used()
             for path in self._recorded:
                 # what is computed again in the backward is no other call
                 del vars(twin.root.get_submodule(path))["forward"]
@@ -145,6 +146,14 @@ class _Recording:
                 f"the model's own backward fails on the example inputs: {reason}. Leave example_inputs "
                 "out: the model is transformed without counting FLOPs."
             ) from error
+
+    def _note_used(self) -> None:
+        """Where gradients have arrived so far, they are a part of the forward."""
+        for calls in self._run.calls.values():
+            for call in calls:
+                call.used |= call.reached
+        for record in self._run.products:
+            record.used = record.reached
 
     # --- what is noted on the way -------------------------------------------------------------------
 

@@ -66,21 +66,18 @@ def trace_modes(
         uncompile(other_tree)
         vars(other_tree).update(first.constants)
         try:
-            with untouched(other_tree):
+            with untouched(other_tree) as state:
                 set_mode(other_tree, not here)
+                changes = [change for change in state.changes() if "'training'" not in change]
                 there = _Trace(leaf_modules, given, other_tree, like=first.graph)
-                _check_held(there.graph, model, other_tree)
         except TraceError as error:
             return TracedGraphs({here: first.graph}, str(error), first.constants)
+    if changes and there.graph is not first.graph:
+        raise TraceError(
+            f"torch.fx cannot trace {the_model(model)}: switching its mode changes {changes[0]}, which its "
+            "code reads"
+        )
     return TracedGraphs({here: first.graph, not here: there.graph}, "", first.constants | there.constants)
-
-
-def _check_held(graph: fx.Graph, model: nn.Module, tree: nn.Module) -> None:
-    """Raise TraceError if `graph`, of `tree` after a change of mode, calls what `model` does not hold."""
-    held, now = (dict(root.named_modules(remove_duplicate=False)) for root in (model, tree))
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target not in held and node.target in now:
-            raise TraceError(f"switching modes makes the module {node.target!r}, which is not there before")
 
 
 def _graphs_of(twin: Any) -> Graphs:
@@ -117,13 +114,13 @@ class _Trace:
         if not same_graph(elsewhere, self.graph):
             raise TraceError(
                 f"torch.fx cannot trace {the_model(self._tree)}: {self._line_of_question(elsewhere)}: its "
-                "code asks whether gradients, autocast or inference mode are enabled, and a graph would hold "
-                "the answer that it got while it was made"
+                "code asks whether gradients, autocast or inference mode are enabled, and a graph would "
+                "hold the answer that it got while it was made"
             )
         if _hands_out(self.graph, self.constants):
             raise TraceError(
-                f"torch.fx cannot trace {the_model(self._tree)}: {first_line(type(self._tree).forward)}: it "
-                "returns a tensor that it makes anew in each call, and a graph would return the same one"
+                f"torch.fx cannot trace {the_model(self._tree)}: {first_line(type(self._tree).forward)}: "
+                "it returns a tensor that it makes anew in each call, and a graph would return the same one"
             )
 
     def _traced(self, *, lines: bool) -> tuple[fx.Graph, dict[str, Any]]:

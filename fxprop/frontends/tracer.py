@@ -9,6 +9,7 @@ import functools
 import inspect
 import linecache
 import operator
+import re
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -46,6 +47,14 @@ def check_fixed(value: Any, name: str, fixed: Any) -> None:
             f"argument {name!r} is {describe(value)}, but the graph was made for {name}={fixed!r}; "
             "transform again with that value in example_inputs or example_kwargs"
         )
+
+
+def format_text(template: str, *values: Any) -> Any:
+    """`template.format(*values)`, as generated code calls it."""
+    if has_torch_function(values):
+        # proxies: the generated code is being traced again
+        return handle_torch_function(format_text, values, template, *values)
+    return template.format(*values)
 
 
 class SiteTracer(fx.Tracer):
@@ -124,7 +133,7 @@ class SiteTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, str) and "Proxy(" in a:
-            raise TraceError(f"a text that tells of a tensor ({a!r}), which a graph would hold as it is")
+            return self._text(a)
         if isinstance(a, torch.Tensor):
             # one that the same code has made before, in the other mode
             a = next((known for known in self._known if _is_same(known, a)), a)
@@ -135,6 +144,16 @@ class SiteTracer(fx.Tracer):
         if isinstance(a, dict) and type(a) is not dict and not isinstance(a, immutable_dict):
             raise TraceError(f"a {type(a).__name__}, which an fx graph would turn into a plain dict")
         return super().create_arg(a)
+
+    def _text(self, text: str) -> fx.Node:
+        """A text that tells of tensors' sizes and the like, to be made when the graph runs."""
+        first, *parts = re.split(r"Proxy\((\w+)\)", text)
+        template = first.replace("{", "{{").replace("}", "}}")
+        nodes = {node.name: node for node in self.graph.nodes}
+        values = [nodes[name] for name in parts[::2]]
+        for part in parts[1::2]:
+            template += "{}" + part.replace("{", "{{").replace("}", "}}")
+        return self.create_proxy("call_function", format_text, (template, *values), {}).node
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

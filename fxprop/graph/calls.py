@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprop.errors import ModelError
 from fxprop.frontends.generated import make_class
-from fxprop.frontends.record import ProductCall, TensorInfo
+from fxprop.frontends.record import USED, ProductCall, TensorInfo
 from fxprop.graph.functions import type_names
 from fxprop.ops.calls import ProductPlan, SparseProducts
 from fxprop.ops.sizes import sizes
@@ -34,6 +34,8 @@ def product_site(root: nn.Module, call: ProductCall) -> Site:
     inside = not call.module or call.parameter.startswith(f"{call.module}.")
     found = sizes(product.op, product.input.shape, weight.shape, call.output.shape, product.constants)
     skip = found if isinstance(found, str) else None
+    if call.used:
+        skip = USED
     if not inside:
         skip = f"the code of {call.module!r} uses it, which does not hold it"
     if isinstance(found, str) or skip is not None:
@@ -94,7 +96,8 @@ class SparseCode(nn.Module):
         # all of them: a weight may be computed from its own parameter and others, such as a gain
         # (one with several names goes by the plan's)
         parameters = dict(self.named_parameters())
-        parameters |= {name: self.get_parameter(name) for name in self._fx_sparse}
+        every = dict(self.named_parameters(remove_duplicate=False))
+        parameters |= {name: every[name] for name in self._fx_sparse if name in every}
         with SparseProducts(parameters, self._fx_sparse):
             if self._fx_own_forward is not None:
                 return self._fx_own_forward(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fxprop.frontends.record import GraphCall, TensorInfo, tensor_info
+from fxprop.frontends.record import USED, GraphCall, TensorInfo, tensor_info
 from fxprop.ops.sizes import sizes
 from fxprop.plan import Call, Site
 
@@ -119,6 +119,8 @@ def with_shapes(site: Site, context: Context, node: fx.Node, call: Call, weight:
     output = record.outputs.get(node.name) if record else None
     if record is not None and (input_ is None or output is None):
         return replace(site, skip="its input or output is not a tensor")
+    if record is not None and node.name in record.used:
+        return replace(site, skip=USED)
     found = sizes(
         site.op,
         input_.shape if input_ else None,

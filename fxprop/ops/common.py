@@ -72,9 +72,9 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     empty, so that there is nothing to choose from.
     """
     given = [t for t in tensors if t is not None]
-    # inference mode may have gradients enabled, and saves nothing all the same
-    enabled = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    if not (enabled and any(t.requires_grad for t in given)):
+    # inference mode may have gradients enabled, and saves nothing all the same (dynamo cannot ask for it)
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if not (torch.is_grad_enabled() and not inference and any(t.requires_grad for t in given)):
         return False
     if any(t.is_nested or t.layout != torch.strided for t in given):
         return False
