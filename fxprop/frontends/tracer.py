@@ -150,7 +150,7 @@ class SiteTracer(fx.Tracer):
         first, *parts = re.split(r"Proxy\((\w+)\)", text)
         template = first.replace("{", "{{").replace("}", "}}")
         nodes = {node.name: node for node in self.graph.nodes}
-        values = [nodes[name] for name in parts[::2]]
+        values = [self.proxy(nodes[name]) for name in parts[::2]]
         for part in parts[1::2]:
             template += "{}" + part.replace("{", "{{").replace("}", "}}")
         return self.create_proxy("call_function", format_text, (template, *values), {}).node
