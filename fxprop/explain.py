@@ -78,7 +78,8 @@ def _settings(decision: Decision) -> Iterator[tuple[str, str]]:
     if decision.site.groups > 1:
         yield "", f"in each of {decision.site.groups} groups, or whole groups of one channel"
     if sparsity.score_fraction != 1:
-        yield "", f"scores from {sparsity.score_fraction:g} of the batch"
+        part = "each expert's rows" if decision.site.op == "grouped_mm" else "the batch"
+        yield "", f"scores from {sparsity.score_fraction:g} of {part}"
     yield "gradients", f"bias {sparsity.bias}, weight {sparsity.weight_grad}"
     if sparsity.chain is not None:
         chain = sparsity.chain

@@ -6,6 +6,7 @@ node's raw arguments. Nothing here computes anything beyond sizes that follow fr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -265,7 +266,7 @@ class Plan:
 
     decisions: tuple[Decision, ...]
 
-    @property
+    @functools.cached_property
     def rewritten(self) -> tuple[Decision, ...]:
         """The decisions that change the graph."""
         return tuple(d for d in self.decisions if d.status == "rewritten")

@@ -1,4 +1,4 @@
-"""The public functions: transform, estimate, layers, restore. The one place that knows the order of stages.
+"""The public functions: transform, estimate, layers, restore, and the order of stages that they share.
 
 model -> (front-end) graphs and shapes -> (match) sites -> (policy) plan -> (rewrite) graphs -> report.
 """
@@ -71,7 +71,8 @@ def transform(
         model: any nn.Module, a GraphModule, or an ExportedProgram. It is not changed.
         policy: a Policy, one keep ratio for all layers, a mapping, or the path of a .toml or .json file.
         example_inputs: the model's positional inputs, real, fake or on the meta device; only shapes,
-            dtypes and requires_grad are used, nothing is computed. Without them FLOPs are not counted.
+            dtypes and requires_grad are used, unless the model reads values. Without them FLOPs are not
+            counted, and the graph is not compared with what the model does.
         example_kwargs: keyword inputs.
         frontend: how to get graphs. "symbolic": the whole model by torch.fx. "submodules": the largest
             parts of it that torch.fx can trace, down to single layers; needs example inputs. "export":
@@ -231,9 +232,10 @@ class _Stages:
 
     def rewritten(self, model: nn.Module) -> nn.Module:
         root, pieces = self.traced.root, self.traced.pieces
-        with_layers = {site.graph for site in self.recipe.sites if site.skip is None}
+        graphs = [site.graph.split(".") for site in self.recipe.sites if site.skip is None]
+        above = {".".join(parts[:depth]) for parts in graphs for depth in range(1, len(parts) + 1)}
         for path in list(pieces):
-            if path and not any(other == path or other.startswith(f"{path}.") for other in with_layers):
+            if path and path not in above:
                 pieces.pop(path).fx_uninstall()  # no policy can change it: it stays the module that it was
         rewrite_model(root, pieces, self.recipe.plans)
         attach(root, self.recipe)

@@ -159,7 +159,7 @@ def smallest_first():
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("select", ["channel", "element"])
-@pytest.mark.parametrize("score", ["l1", "l2", "random", "smallest_first"])
+@pytest.mark.parametrize("score", ["l1", "l2", "smallest_first"])  # random ones read nothing
 def test_what_is_not_finite_survives_the_selection(call, bad, select, score, smallest_first):
     function, x_shape, w_shape, g_shape = CALLS[call]
     torch.manual_seed(0)

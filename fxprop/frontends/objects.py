@@ -21,7 +21,9 @@ from torch import nn
 _HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList, threading.local)
 # packages whose objects hold a model, and much else
 _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed"}
-_LIBRARIES = {"torch", "numpy", "fxprop", "builtins", "_pytest", "pytest", *sys.stdlib_module_names}
+_LIBRARIES = {"torch", "numpy", "fxprop", "_pytest", "pytest", "hypothesis", *sys.stdlib_module_names}
+# how many objects walks look at, the nearest first: a model's own are far fewer, a data set's may be more
+MANY = 20_000
 CACHED = type(functools.lru_cache(lambda: None))
 
 
@@ -83,10 +85,9 @@ def held_by(value: Any) -> list[Any]:
     if isinstance(value, nn.Module):
         own = [held for key, held in vars(value).items() if key != "_compiled_call_impl"]
         return [*own, *(held for _, held in slot_values(value))]
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset | collections.deque):
-        return list(value)
+    if isinstance(value, dict | list | tuple | set | frozenset | collections.deque):
+        items = value.values() if isinstance(value, dict) else value
+        return list(items) if len(value) <= MANY else []
     if isinstance(value, types.FunctionType):
         cells = [cell_value(cell) for cell in value.__closure__ or ()]
         named = [*(value.__kwdefaults__ or {}).values(), *vars(value).values()]

@@ -37,7 +37,7 @@ from fxprop.ops.table import Product
 def run_traced(traced: Traced, training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
     """Run the model in a mode, and its backward from every output that requires grad.
 
-    >>> traced = trace(torchvision.models.resnet18())
+    >>> traced = trace_model(torchvision.models.resnet18(), "auto", None)
     >>> run = run_traced(traced, True, (torch.empty(8, 3, 224, 224, device="meta"),), {})
     >>> run.calls[""][0].outputs["conv1"].shape, run.backward_flops
     ((8, 64, 112, 112), 56162123776)

@@ -63,6 +63,7 @@ def trace_model(
         return trace_exported(model, inputs)
     given = bind_arguments(model, *inputs) if inputs is not None else {}
     descent = _Descent(model, inputs, leaf_modules, preserved(model, preserve_modules))
+    descent.asked_for = frontend == "symbolic"
     if frontend != "submodules":
         try:
             return descent.agreeing("symbolic", lambda: descent.trace("", model, given))
@@ -93,6 +94,8 @@ class _Descent:
         self._preserve = preserve
         self._model, self._inputs, self._leaf_modules = model, inputs, leaf_modules
         self._observed: dict[bool, Observation] = {}
+        # whether one graph was asked for, be it of one mode alone
+        self.asked_for = False
         # parts whose graph would not do what they do, and why
         self._refused: dict[str, str] = {}
         self._begin()
@@ -161,7 +164,7 @@ class _Descent:
             if not found:
                 break
             leaves |= found
-        if path and traced.untraced:
+        if traced.untraced and (path or (self._inputs is not None and not self.asked_for)):
             raise TraceError(traced.untraced)  # a part has to follow the model into either mode
         self._graphs[path] = traced
         for target in _called(traced.graphs):

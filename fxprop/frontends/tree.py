@@ -20,7 +20,7 @@ from torch import nn
 
 from fxprop.frontends.compiled import IN_PLACE, compiled_again, is_compiled, original_of
 from fxprop.frontends.generated import is_generated, sibling
-from fxprop.frontends.objects import CACHED, cell_value, held_by, is_holder, is_iterator, slot_values
+from fxprop.frontends.objects import CACHED, MANY, cell_value, held_by, is_holder, is_iterator, slot_values
 
 
 def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
@@ -162,16 +162,23 @@ class _Copier:
         return twin
 
 
+# what leads nowhere
+_PLAIN = (bool, int, float, str, type(None), torch.Tensor, dict)
+
+
 def _leading_to_modules(root: nn.Module) -> set[int]:
     """The ids of all objects through which a module in `root` is reached."""
     holders: dict[int, list[Any]] = {}
     seen: dict[int, Any] = {id(root): root}
-    waiting: list[Any] = [root]
+    waiting: collections.deque[Any] = collections.deque([root])
     found: list[Any] = []
-    while waiting:
-        value = waiting.pop()
+    others = 0
+    while waiting and others < MANY:
+        value = waiting.popleft()
         if isinstance(value, nn.Module):
             found.append(value)
+        elif not isinstance(value, _PLAIN):
+            others += 1
         for held in held_by(value):
             holders.setdefault(id(held), []).append(value)
             if id(held) not in seen:

@@ -21,7 +21,7 @@ from torch import fx, nn
 # not a public path, but the one torch's own documentation imports it from
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxprop.frontends.objects import cell_value, held_by, is_holder, is_iterator, slot_values
+from fxprop.frontends.objects import MANY, cell_value, held_by, is_holder, is_iterator, slot_values
 from fxprop.frontends.reach import Reach
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -50,7 +50,7 @@ class PythonState:
         self._kept: list[_Kept] = []
         # holds what was seen, so that no id is used twice
         self._seen: dict[int, Any] = {}
-        self._waiting: list[tuple[str, Any]] = []
+        self._waiting: collections.deque[tuple[str, Any]] = collections.deque()
         for name, module in root.named_modules():
             self._module(f"of module {name!r}" if name else "of the model", module)
         self._waiting += [("the inputs", other) for other in others]
@@ -65,8 +65,9 @@ class PythonState:
             self._mapping(f"attribute {{!r}} of the function {function.__name__}", vars(function))
         for cls in self.reach.classes.values():
             self._class(cls)
-        while self._waiting:
-            self._value(*self._waiting.pop())
+        looked_at = 0
+        while self._waiting and looked_at < MANY:
+            looked_at += self._value(*self._waiting.popleft())
 
     def changes(self) -> list[str]:
         """What is not as it was."""
@@ -101,11 +102,13 @@ class PythonState:
                 self._waiting.append((f"attribute {key!r} {place}", value))
         self._slots(place, module)
 
-    def _value(self, where: str, value: Any) -> None:
+    def _value(self, where: str, value: Any) -> bool:
+        """Keep `value`; whether there was something to look at."""
         if isinstance(value, (*_PLAIN, torch.Tensor, type)) or id(value) in self._seen:
-            return
+            return False
         if isinstance(value, nn.Module):
-            return self._module(f"of a module in {where}", value)
+            self._module(f"of a module in {where}", value)
+            return True
         self._seen[id(value)] = value
         if isinstance(value, dict):
             self._mapping(where, value)
@@ -133,6 +136,7 @@ class PythonState:
                 self._mapping(where, vars(value))
             self._slots(where, value)
         self._waiting += [(where, held) for held in held_by(value)]
+        return True
 
     def _keep(self, where: str, same: Callable[[], bool], put_back: Callable[[], Any]) -> None:
         self._kept.append(_Kept(lambda: [] if same() else [where], put_back))

@@ -25,7 +25,7 @@ from fxprop.ops.select import Keep
 from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
 from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
-# the one key that fxprop writes to node.meta: the node's Decision
+# the key in node.meta under which a rewritten node has its Decision
 META_KEY = "fxprop"
 
 

@@ -1,4 +1,4 @@
-"""The sparse products: `torch.matmul`, `addmm`, `einsum` and `grouped_mm` with meProp's backward.
+"""The sparse products: `torch.matmul`, `addmm` and `einsum` with meProp's backward.
 
 One operand is the weight. The indices that it shares with the output alone are the output features,
 which selection chooses from; an index of both operands and the output is a batch of separate weights, each
