@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprop import ops
-from fxprop.errors import OpError
+from fxprop.errors import OpError, PolicyError
 from fxprop.ops.select import get_score
 
 DENSE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

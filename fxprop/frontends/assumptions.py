@@ -69,7 +69,9 @@ def told(assumption: Assumption) -> str:
     if isinstance(value, nn.Module):
         return f"the child {argument!r}"
     name = getattr(function, "__name__", "")
-    return {"__eq__": "a list that its code reads", "len": "a list of children"}.get(name, f"{argument!r}")
+    return {"__eq__": "a list that its code reads", "len": "how many there are of something"}.get(
+        name, f"{argument!r}"
+    )
 
 
 def _is_below(name: str, called: set[str]) -> bool:
@@ -121,11 +123,13 @@ class _Values:
             return
         self._seen[id(value)] = value
         if isinstance(value, dict) and len(value) <= _MANY:
+            self.found.append((len, value, len(value)))
             for key, held in list(dict.items(value)):
                 self.add(value.get, key, held)
         elif isinstance(value, list) and len(value) <= _MANY:
             self.found.append((list(value).__eq__, value, True))
         elif is_holder(value):
+            self.found.append((len, getattr(value, "__dict__", {}), len(getattr(value, "__dict__", {}))))
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 if key in self._names:
                     self.add(vars(value).get, key, held)

@@ -5,6 +5,7 @@ The walks over a model's objects (copies of its tree, snapshots of its state) sh
 
 from __future__ import annotations
 
+import abc
 import collections
 import enum
 import functools
@@ -13,12 +14,14 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, Protocol
 
 from torch import nn
 
 # classes of Python's whose instances are plain holders of values
 _HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList, threading.local)
+# bases that add no state of their own
+_PLAIN = (object, abc.ABC, Generic, Protocol)
 # packages whose objects hold a model, and much else
 _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed"}
 _LIBRARIES = {"torch", "numpy", "fxprop", "_pytest", "pytest", "hypothesis", *sys.stdlib_module_names}
@@ -44,7 +47,9 @@ def is_holder(value: Any) -> bool:
     if isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module | enum.Enum):
         return False
     own = isinstance(value, _HOLDERS) or (is_users(cls) and package_of(cls) not in _FRAMEWORKS)
-    return own and (hasattr(value, "__dict__") or any(True for _ in slots_of(cls)))
+    # a class of C's among its bases would keep more than attributes
+    plain = isinstance(value, _HOLDERS) or all(is_users(base) or base in _PLAIN for base in cls.__mro__)
+    return own and plain and (hasattr(value, "__dict__") or any(True for _ in slots_of(cls)))
 
 
 def is_iterator(value: Any) -> bool:

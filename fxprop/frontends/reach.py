@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprop.frontends.objects import CACHED, cell_value, is_users
+from fxprop.frontends.objects import CACHED, MANY, cell_value, held_by, is_holder, is_users
 
 # methods that are called without their name being written
 _UNNAMED = frozenset(
@@ -57,8 +57,8 @@ class Reach:
         self._waiting: list[Any] = []
         for module in root.modules():
             self._class(type(module))
-            self._waiting += [v for v in vars(module).values() if _is_code(v)]
-        while self._waiting:
+            self._waiting += [v for v in vars(module).values() if _leads_to_code(v)]
+        while self._waiting and len(self._seen) < MANY:
             self._visit(self._waiting.pop())
 
     def line_of(self, name: str) -> str:
@@ -107,9 +107,10 @@ class Reach:
                 self._namespace(vars(value))
         elif isinstance(value, dict | list | tuple) and len(value) <= _MANY:
             held = value.values() if isinstance(value, dict) else value
-            self._waiting += [v for v in held if _is_code(v) or isinstance(v, type)]
-        elif value is not None and is_users(type(value)):
+            self._waiting += [v for v in held if _leads_to_code(v)]
+        elif is_holder(value):
             self._class(type(value))
+            self._waiting += [v for v in held_by(value) if _leads_to_code(v)]
 
     def _function(self, function: types.FunctionType) -> None:
         if not is_users(function):
@@ -157,6 +158,10 @@ class Reach:
 def _is_code(value: Any) -> bool:
     kinds = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial)
     return isinstance(value, (*kinds, functools.cached_property, CACHED))
+
+
+def _leads_to_code(value: Any) -> bool:
+    return _is_code(value) or isinstance(value, type | dict | list | tuple) or is_holder(value)
 
 
 def _closure(function: types.FunctionType) -> list[Any]:

@@ -20,7 +20,16 @@ from torch import nn
 
 from fxprop.frontends.compiled import IN_PLACE, compiled_again, is_compiled, original_of
 from fxprop.frontends.generated import is_generated, sibling
-from fxprop.frontends.objects import CACHED, MANY, cell_value, held_by, is_holder, is_iterator, slot_values
+from fxprop.frontends.objects import (
+    CACHED,
+    MANY,
+    cell_value,
+    held_by,
+    is_holder,
+    is_iterator,
+    is_users,
+    slot_values,
+)
 
 
 def copy_tree(root: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> nn.Module:
@@ -136,10 +145,9 @@ class _Copier:
         return twin
 
     def _holder(self, value: Any) -> Any:
-        try:
-            twin = self._remember(value, object.__new__(type(value)))
-        except TypeError:
-            return value  # more than its attributes
+        cls = type(value)
+        # only the ones of users' classes are surely made by object
+        twin = self._remember(value, object.__new__(cls) if is_users(cls) else cls())
         getattr(twin, "__dict__", {}).update(
             {key: self.value(v) for key, v in getattr(value, "__dict__", {}).items()}
         )
