@@ -53,8 +53,11 @@ def test_a_mode_that_cannot_be_traced_is_refused_when_asked_for():
                 return x
             return self.fc(x)
 
-    model = Model().eval()
-    gm, _ = fxprop.transform(model, 0.5, (torch.randn(2, 4),))
+    model, x = Model().eval(), torch.randn(2, 4)
+    parts, _ = fxprop.transform(model, 0.5, (x,))  # in parts, it goes into either
+    for mode in (True, False):
+        assert torch.equal(parts.train(mode)(x), model.train(mode)(x))
+    gm, _ = fxprop.transform(model, 0.5, (x,), frontend="symbolic")
     with pytest.raises(
         TraceError, match=r"transformed in eval mode.*test_modes_and_copies.py.*x.sum\(\) > 0"
     ):

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxprop.errors import TraceError
 
@@ -48,3 +48,15 @@ def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> f
             )
         found.update(matching)
     return frozenset(found)
+
+
+def uncalled(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
+    """Where the modules in `root` that `graph` does not call keep their hooks: (name, kind) -> hooks."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+    def below(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
+
+    modules = [(name, module) for name, module in root.named_modules() if name and not below(name)]
+    return {(name, kind): hooks for name, module in modules for kind, hooks in registries(module).items()}

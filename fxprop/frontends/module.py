@@ -13,7 +13,7 @@ import functools
 import os
 import types
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fxprop.frontends.generated import (
     make_class,
     sibling,
 )
-from fxprop.frontends.hooks import registries
+from fxprop.frontends.hooks import uncalled
 from fxprop.frontends.objects import slot_values
 from fxprop.frontends.stored import Graphs, HeldGraphs, copy_graphs
 
@@ -143,10 +143,11 @@ class TracedModule(fx.GraphModule):
         self._fx_pending = "look"
 
     def _fx_settle(self) -> None:
-        self._fx_uncalled = _uncalled(self, self._graph)
-        if self._fx_pending == "arm":
-            self.fx_arm()
-        self._fx_pending = ""
+        with contextlib.suppress(AttributeError):  # while what it refers to is still being made
+            self._fx_uncalled = uncalled(self, self._graph)
+            if self._fx_pending == "arm":
+                self.fx_arm()
+            self._fx_pending = ""
 
     def fx_arm(self) -> None:
         """From now on, notice changes of what the graphs take for granted."""
@@ -206,6 +207,7 @@ class TracedModule(fx.GraphModule):
                 self.__class__ = in_place_of(type(self), sibling(type(self)))  # type: ignore[assignment]
             self.graph = graph
         self._fx_pending = self._fx_pending or "look"
+        self._fx_settle()
 
     def recompile(self) -> Any:
         """Regenerate the code from the graph, as after editing it."""
@@ -246,6 +248,7 @@ class TracedModule(fx.GraphModule):
             self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
         self.recompile()
         self._fx_pending = "look"
+        self._fx_settle()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # nothing that is written in Python may be called here: torch.compile would take it for the model
@@ -279,20 +282,11 @@ class TracedModule(fx.GraphModule):
         self._fx_warns_of_hooks = False
         warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)
 
-    @property
-    def fx_graphs(self) -> Graphs:
-        """The graph of each mode; the same object twice where the mode makes no difference."""
-        return self._fx_graphs
-
-    @property
-    def fx_graphs_before(self) -> Graphs:
-        """The graphs before the rewrite."""
-        return self._fx_before
-
-    @property
-    def fx_untraced(self) -> str:
-        """Why one mode has no graph; empty if both have."""
-        return self._fx_untraced
+    # the graph of each mode (the same object twice where the mode makes no difference), now and before the
+    # rewrite; and why one mode has no graph, empty if both have
+    fx_graphs = property(lambda self: self._fx_graphs)
+    fx_graphs_before = property(lambda self: self._fx_before)
+    fx_untraced = property(lambda self: self._fx_untraced)
 
     def to_folder(self, folder: str | os.PathLike[str], module_name: str = "FxModule") -> None:
         """Write the code and the state as a package, as GraphModule does, with the imports that it needs.
@@ -374,8 +368,8 @@ class TracedModule(fx.GraphModule):
         self._fx_show(self._fx_graphs[self.training])
         if changed:
             self._fx_run_as_written(changed)
-        self._fx_pending = "arm" if state["armed"] else "look"
-        with contextlib.suppress(AttributeError):  # while what refers to it is still being made
+        if state["armed"]:
+            self._fx_pending = "arm"
             self._fx_settle()
 
 
@@ -386,18 +380,6 @@ _dynamo.set_code_exec_strategy(
     TracedModule.__call__.__code__,
     _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT),
 )
-
-
-def _uncalled(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
-    """Where the modules in `root` that `graph` does not call keep their hooks: (name, kind) -> hooks."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-
-    def below(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
-
-    modules = [(name, module) for name, module in root.named_modules() if name and not below(name)]
-    return {(name, kind): hooks for name, module in modules for kind, hooks in registries(module).items()}
 
 
 def name_in_the_way(module: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTIL
 _MACHINERY = ("/torch/nn/", "/torch/fx/", "/fxprop/frontends/")
 
 # where runs of a model begin
-_RUN = str(Path(__file__).with_name("observe.py"))
+_RUN = [str(Path(__file__).with_name(name)) for name in ("observe.py", "shapes.py")]
 # code between a user's line and an operator that runs
 _BELOW = (*(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, Path(__file__).parent)), "<")
 
@@ -39,13 +39,13 @@ def source_line(trace: str | None) -> str | None:
     return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else None
 
 
-def users_line() -> str:
+def users_line(most: int = 3) -> str:
     """The innermost lines at work that are neither torch's nor ours: "layers.py:12 (from net.py:40)"."""
     lines: list[str] = []
     frame = sys._getframe(1)
-    while frame is not None and len(lines) < 3:
+    while frame is not None and len(lines) < most:
         file = frame.f_code.co_filename
-        if file == _RUN:
+        if file in _RUN:
             break
         if not file.startswith(_BELOW):
             lines.append(f"{file}:{frame.f_lineno}")

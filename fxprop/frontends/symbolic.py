@@ -83,7 +83,8 @@ def trace_modes(
 def _graphs_of(twin: Any) -> Graphs:
     """The graphs that a GraphModule has in its two modes, for subclasses that switch."""
     here, graph = twin.training, copy.deepcopy(twin.graph)
-    set_mode(twin, not here)
+    with contextlib.suppress(NotImplementedError):  # torch.export's modules have one mode
+        set_mode(twin, not here)
     return {here: graph, not here: graph if same_graph(twin.graph, graph) else copy.deepcopy(twin.graph)}
 
 

@@ -74,5 +74,5 @@ class Watch:
     def _product(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
         result = dense()
         if not self.muted and self.at is not None:
-            self._on_product(self.at, name, product, result, users_line() or None)
+            self._on_product(self.at, name, product, result, users_line(1) or None)
         return result

@@ -40,7 +40,8 @@ class ProductMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward and not {"static_k", "static_v"} & kwargs.keys():
+        static = kwargs.get("static_k"), kwargs.get("static_v")
+        if func is F.multi_head_attention_forward and static == (None, None):
             # a function of Python, inside which no mode is active
             with self:
                 return decomposed_forward(*args, **kwargs)
