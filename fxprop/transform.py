@@ -5,7 +5,7 @@ model -> (front-end) graphs and shapes -> (match) sites -> (policy) plan -> (rew
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,9 @@ from fxprop.checks import (
     check_not_rewritten,
 )
 from fxprop.errors import InputError
+from fxprop.frontends.compiled import compiled_in
 from fxprop.frontends.module import TracedModule
+from fxprop.frontends.reach import methods_beside_forward
 from fxprop.frontends.record import Run
 from fxprop.frontends.shapes import run_traced
 from fxprop.frontends.stored import copy_graphs
@@ -33,7 +35,7 @@ from fxprop.graph.calls import SparseCode
 from fxprop.graph.match import find_sites, with_positions_of
 from fxprop.graph.rewrite import rewrite_model
 from fxprop.graph.verify import verify_state
-from fxprop.plan import Site
+from fxprop.plan import Plan, Site
 from fxprop.policy import Policy
 from fxprop.policy_files import PolicyLike, as_policy
 from fxprop.progress import stage
@@ -222,7 +224,7 @@ class _Stages:
             {mode: None if run is None else run.backward_flops for mode, run in runs.items()},
             model=type(model).__name__,
             frontend=traced.frontend,
-            note=_note(here, runs),
+            note=" ".join(_notes(model, here, runs, plans[here])),
             untraced=traced.untraced,
         )
         return cls(traced, recipe)
@@ -243,20 +245,30 @@ class _Stages:
         return root
 
 
-def _note(here: bool, runs: Mapping[bool, Run | None]) -> str:
-    notes = []
+def _notes(model: nn.Module, here: bool, runs: Mapping[bool, Run | None], plan: Plan) -> Iterator[str]:
     if len(runs) > 1:
         other = "eval" if here else "train"
-        notes.append(
-            f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
-        )
+        yield f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
     run = runs[here]
     if run is not None and run.real:
-        notes.append(
+        yield (
             "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
             "other inputs may take other ways through it."
         )
-    return " ".join(notes)
+    if compiled := compiled_in(model):
+        names = ", ".join(name or "the model itself" for name in compiled[:3])
+        yield f"Compiled before ({names}), which the result is not: compile it again."
+    methods, rewritten = methods_beside_forward(model), plan.rewritten
+    if methods and rewritten:
+        alone = [d.site for d in rewritten if d.site.call and d.site.call.weight.attribute is not None]
+        work = sum(d.site.multiply_adds or 0 for d in rewritten)
+        share = sum(site.multiply_adds or 0 for site in alone) / work if work else 1.0
+        names = ", ".join(f"{name}()" for name in methods[:3])
+        yield (
+            f"The saving is that of calls of forward. Where {names} call layers without it, {len(alone)} "
+            f"of the {len(rewritten)} rewritten layers ({share:.0%} of their FLOPs) are sparse too, one by "
+            "one."
+        )
 
 
 def _run(traced: Traced, mode: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run | None:

@@ -36,6 +36,27 @@ def reads_its_mode(root: nn.Module) -> bool:
     return follow or "training" in reach.names
 
 
+def methods_beside_forward(root: nn.Module) -> list[str]:
+    """Public methods of a user's model that call children of it, and that its forward does not."""
+    from_forward = {id(function) for function in Reach(root).functions}
+    methods = {
+        name: function
+        for cls in reversed(type(root).__mro__)
+        if is_users(cls)
+        for name, function in vars(cls).items()
+        if isinstance(function, types.FunctionType) and name not in dir(nn.Module)
+    }
+    calling, before = set(root._modules), -1
+    while len(calling) != before:  # also those that call such methods
+        before = len(calling)
+        calling |= {name for name, function in methods.items() if calling & _names(function.__code__)}
+    return [
+        name
+        for name, function in methods.items()
+        if name in calling and not name.startswith("_") and id(function) not in from_forward
+    ]
+
+
 class Reach:
     """Everything that the code of the modules in `root`, run by calling `root`, may name."""
 
