@@ -31,6 +31,7 @@ from fxprop.frontends.submodules import trace_model
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tracer import LeafModules
 from fxprop.frontends.tree import copy_tree
+from fxprop.frontends.untouched import collecting
 from fxprop.graph.calls import SparseCode
 from fxprop.graph.match import find_sites, with_positions_of
 from fxprop.graph.rewrite import rewrite_model
@@ -98,7 +99,7 @@ def transform(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    with stage("rewriting"):
+    with stage("rewriting"), collecting(False):
         rewritten = stages.rewritten(model)
     return Transformed(rewritten, stages.recipe.report(stages.traced.training))
 
@@ -201,14 +202,14 @@ class _Stages:
         args, kwargs = check_inputs(example_inputs, example_kwargs)
         has_inputs = example_inputs is not None or bool(example_kwargs)
         given = (args, kwargs) if has_inputs else None
-        with stage("tracing"):
+        with stage("tracing"), collecting(False):
             traced = trace_model(model, frontend, given, leaf_modules, preserve_modules)
 
         runs: dict[bool, Run | None] = {}
         sites: dict[bool, tuple[Site, ...]] = {}
         here = traced.training
         for mode in (here, not here) if traced.other_mode_differs else (here,):
-            with stage("running once for the shapes"):
+            with stage("running once for the shapes"), collecting(False):
                 runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
             sites[mode] = find_sites(traced, mode, runs[mode])
         if has_inputs and runs.get(not here, runs[here]) is None:
@@ -250,7 +251,12 @@ def _notes(model: nn.Module, here: bool, runs: Mapping[bool, Run | None], plan: 
         other = "eval" if here else "train"
         yield f"The model's code differs in {other} mode, whose graph was rewritten by the same policy."
     run = runs[here]
-    if run is not None and run.real:
+    if run is None:
+        yield (
+            "There were no example inputs: FLOPs are not counted, and the graph was not compared with what "
+            "the model does."
+        )
+    elif run.real:
         yield (
             "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
             "other inputs may take other ways through it."

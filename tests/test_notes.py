@@ -47,3 +47,8 @@ def test_what_was_compiled_is_named():
     assert "Compiled before (b), which the result is not" in report.note
     assert [layer.name for layer in report.layers] == ["a", "b", "o"]
     assert torch.equal(gm(X), model(X))
+
+
+def test_a_report_without_example_inputs_says_what_it_lacks():
+    note = fxprop.transform(nn.Sequential(nn.Linear(6, 4)), fxprop.Policy(k=2))[1].note
+    assert "the graph was not compared with what the model does" in note

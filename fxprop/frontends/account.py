@@ -60,8 +60,6 @@ class Account(Made):  # type: ignore[no-untyped-call]
             self.wanted_values |= type(error).__module__.startswith("torch._subclasses")
             raise
         self._held.append(result)
-        if function.namespace == "prim":
-            return result  # a question, such as for the device
         if depends and not function.is_view:
             self._note(function, args, kwargs, result, written)
         elif depends:

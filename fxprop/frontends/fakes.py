@@ -27,7 +27,7 @@ from fxprop.frontends.generated import set_mode
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.tensors import Made, storage_of
 from fxprop.frontends.tree import copy_tree
-from fxprop.frontends.untouched import PythonState, untouched
+from fxprop.frontends.untouched import PythonState, collecting, untouched
 
 _SEED = 0
 
@@ -89,6 +89,7 @@ class Twin:
             stack.enter_context(torch.random.fork_rng(devices))
             if self.real:
                 torch.manual_seed(_SEED)
+                stack.enter_context(collecting(True))  # what is left over has memory
                 stack.enter_context(Made())  # parameters are the model's own
             if training is not None and training != self.root.training:
                 stack.enter_context(untouched(self.root))
@@ -111,7 +112,7 @@ class Twin:
     def _of_model(self, tensor: torch.Tensor) -> torch.Tensor:
         twin = self._copy(tensor, self.device if tensor.is_meta else tensor.device, own=False)
         if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(twin, requires_grad=_can_require_grad(twin))
+            twin = _as_parameter(twin)
         elif tensor.requires_grad:
             twin.requires_grad_(True)
         if tensor.requires_grad:
@@ -156,8 +157,13 @@ def has_values(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     )
 
 
-def _can_require_grad(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    can_require_grad = tensor.is_floating_point() or tensor.is_complex()
+    if not isinstance(tensor, FakeTensor):
+        return nn.Parameter(tensor, requires_grad=can_require_grad)
+    # as nn.Parameter does with tensors of other classes, but of this one and not of a view of it
+    tensor._is_param = True
+    return tensor.requires_grad_(can_require_grad)
 
 
 def model_device(module: nn.Module) -> torch.device | None:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol
 
+import torch
 from torch import nn
 
 # classes of Python's whose instances are plain holders of values
@@ -44,12 +45,25 @@ def is_users(value: Any) -> bool:
 def is_holder(value: Any) -> bool:
     """Whether `value` is a plain object of a user's: one whose attributes are all there is to it."""
     cls = type(value)
-    if isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module | enum.Enum):
+    known = _holders.get(cls)
+    if known is None:
+        known = _holders[cls] = _is_of_holders(cls)
+    return known and (hasattr(value, "__dict__") or bool(slots_of(cls)))
+
+
+# classes that were looked at before: walks meet the same ones thousands of times
+_holders: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_slots: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def _is_of_holders(cls: type) -> bool:
+    if issubclass(cls, type | types.ModuleType | types.FunctionType | nn.Module | enum.Enum):
         return False
-    own = isinstance(value, _HOLDERS) or (is_users(cls) and package_of(cls) not in _FRAMEWORKS)
+    if issubclass(cls, _HOLDERS):
+        return True
     # a class of C's among its bases would keep more than attributes
-    plain = isinstance(value, _HOLDERS) or all(is_users(base) or base in _PLAIN for base in cls.__mro__)
-    return own and plain and (hasattr(value, "__dict__") or any(True for _ in slots_of(cls)))
+    plain = all(is_users(base) or base in _PLAIN for base in cls.__mro__)
+    return plain and is_users(cls) and package_of(cls) not in _FRAMEWORKS
 
 
 def is_iterator(value: Any) -> bool:
@@ -58,8 +72,15 @@ def is_iterator(value: Any) -> bool:
     return known and isinstance(value, Iterator) and not isinstance(value, types.GeneratorType)
 
 
-def slots_of(cls: type) -> Iterator[str]:
+def slots_of(cls: type) -> tuple[str, ...]:
     """The names of the `__slots__` of a class, as they are looked up."""
+    known = _slots.get(cls)
+    if known is None:
+        known = _slots[cls] = tuple(_slots_of(cls))
+    return known
+
+
+def _slots_of(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         slots = base.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -85,8 +106,16 @@ def cell_value(cell: types.CellType) -> Any:
         return None
 
 
+# of these and their like a model holds thousands, and they lead to nothing
+ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.Tensor, nn.Parameter))
+
+
 def held_by(value: Any) -> list[Any]:
-    """The objects that `value` leads to, as far as copies and snapshots follow them."""
+    """The objects that `value` leads to, as far as copies and snapshots follow them; no atoms."""
+    return [held for held in _held_by(value) if type(held) not in ATOMS]
+
+
+def _held_by(value: Any) -> list[Any]:
     if isinstance(value, nn.Module):
         own = [held for key, held in vars(value).items() if key != "_compiled_call_impl"]
         return [*own, *(held for _, held in slot_values(value))]

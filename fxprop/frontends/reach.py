@@ -12,11 +12,13 @@ import types
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from fxprop.frontends.objects import CACHED, MANY, cell_value, held_by, is_holder, is_users
+from fxprop.frontends.objects import ATOMS, CACHED, MANY, cell_value, held_by, is_holder, is_users
 
 # methods that are called without their name being written
 _UNNAMED = frozenset(
@@ -25,15 +27,15 @@ _UNNAMED = frozenset(
     ("__iter__", "__next__", "__enter__", "__exit__", "__contains__", "__bool__", "forward", "train")
 )
 
+_TORCH = str(Path(torch.__file__).parent)
+
 # tables of functions with more entries are not followed
 _MANY = 256
 
 
-def reads_its_mode(root: nn.Module) -> bool:
-    """Whether code of `root`, other than torch's own modules, may do something else in the other mode."""
-    reach = Reach(root)
-    follow = any("train" in vars(cls) or "eval" in vars(cls) for cls in reach.classes.values())
-    return follow or "training" in reach.names
+# parts of the names by which code asks whether gradients, autocast or inference mode are enabled; torch's
+# own code that does is named by the user's
+_SURROUNDINGS = ("grad", "autocast", "amp", "infer", "checkpoint", "_C", "dispatch")
 
 
 def methods_beside_forward(root: nn.Module) -> list[str]:
@@ -76,8 +78,11 @@ class Reach:
         self._methods: defaultdict[str, list[Any]] = defaultdict(list)
         self._namespaces: dict[int, dict[str, Any]] = {}
         self._waiting: list[Any] = []
+        # whether there are modules, or functions around users', that torch.fx traces and that are not read
+        self.others = False
         for module in root.modules():
             self._class(type(module))
+            self.others |= _is_of_others(type(module))
             self._waiting += [v for v in vars(module).values() if _leads_to_code(v)]
         while self._waiting and len(self._seen) < MANY:
             self._visit(self._waiting.pop())
@@ -95,6 +100,16 @@ class Reach:
                             return f"{code.co_filename}:{line}"
                         found = found or f"{code.co_filename}:{line}"
         return found
+
+    def reads_its_mode(self) -> bool:
+        """Whether users' code may do something else in the other mode."""
+        follow = any("train" in vars(cls) or "eval" in vars(cls) for cls in self.classes.values())
+        return follow or "training" in self.names or any(map(_inherits_code, self.classes.values()))
+
+    def may_ask_for_surroundings(self) -> bool:
+        """Whether users' code may do something else without gradients, under autocast and the like."""
+        named = any(part in name for name in self.names for part in _SURROUNDINGS)
+        return named or any(map(_inherits_code, self.classes.values()))
 
     def tells_stand_ins(self) -> frozenset[types.CodeType]:
         """The code that may do something else with fake tensors than with real ones, though it runs.
@@ -134,6 +149,7 @@ class Reach:
             self._waiting += [v for v in held_by(value) if _leads_to_code(v)]
 
     def _function(self, function: types.FunctionType) -> None:
+        self.others |= function.__code__.co_filename.startswith(_TORCH)
         if not is_users(function):
             # a decorator of a library's around a function of the user's
             self._waiting += [v for v in _closure(function) if _is_code(v)]
@@ -176,13 +192,31 @@ class Reach:
                     self._methods[name].append(value)
 
 
+_CONTAINERS = (object, nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _inherits_code(cls: type) -> bool:
+    """Whether a user's class has the code of a module of torch's, which is not read here."""
+    bases = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not is_users(base))
+    return any(base not in _CONTAINERS for base in bases)
+
+
+def _is_of_others(cls: type) -> bool:
+    known = is_users(cls) or cls in _CONTAINERS or cls.__module__.startswith("torch.nn")
+    return not known or issubclass(cls, nn.MultiheadAttention)
+
+
 def _is_code(value: Any) -> bool:
     kinds = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial)
     return isinstance(value, (*kinds, functools.cached_property, CACHED))
 
 
 def _leads_to_code(value: Any) -> bool:
-    return _is_code(value) or isinstance(value, type | dict | list | tuple) or is_holder(value)
+    if type(value) in ATOMS:
+        return False
+    if isinstance(value, dict | list | tuple):
+        return bool(value)
+    return _is_code(value) or isinstance(value, type) or is_holder(value)
 
 
 def _closure(function: types.FunctionType) -> list[Any]:

@@ -7,6 +7,7 @@ sparsity.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,10 +23,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ValuesNeededError
-from fxprop.frontends.counting import flop_counter
-from fxprop.frontends.fakes import Twin, describe_all, has_values
+from fxprop.frontends.counting import FlopCounter
+from fxprop.frontends.fakes import Twin, describe_all, has_values, model_device
 from fxprop.frontends.interpret import GraphRecorder, on_gradient
+from fxprop.frontends.leaves import is_users
 from fxprop.frontends.module import TracedModule
+from fxprop.frontends.reach import Reach
 from fxprop.frontends.record import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.watch import Watch
@@ -44,9 +47,12 @@ def run_traced(traced: Traced, training: bool, args: tuple[Any, ...], kwargs: Ma
 
     Also notes each tensor's `tensor_meta` on the graphs' nodes, as torch.fx's ShapeProp does. Gradients
     of all parameters and inputs that require them are counted. On fake tensors; if the model cannot run
-    on those, on real ones, where there are any. Raises InputError naming the layer if the model cannot
-    run on the inputs.
+    on those, or holds nothing but small modules of torch's, on real ones, where there are any. Raises
+    InputError naming the layer if the model cannot run on the inputs.
     """
+    if _is_small(traced, args, kwargs) and has_values(traced.root, args, kwargs):
+        with contextlib.suppress(InputError):  # of a dtype for which there are no kernels
+            return replace(_Recording(traced, training, args, kwargs, real=True).run(), real=False)
     try:
         return _Recording(traced, training, args, kwargs, real=False).run()
     except InputError:
@@ -54,6 +60,25 @@ def run_traced(traced: Traced, training: bool, args: tuple[Any, ...], kwargs: Ma
             raise
         # a model that reads values; if the inputs are at fault, this says so in the model's own words
         return _Recording(traced, training, args, kwargs, real=True).run()
+
+
+# entries of parameters and inputs
+_SMALL = 4_000_000, 100_000
+
+
+def _is_small(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a run on real tensors takes less time than one on fake tensors, and shows the same.
+
+    It does if no code but torch's own is left, which reads no values and leaves no trace.
+    """
+    root, device = traced.root, model_device(traced.root)
+    graphs = (graph for piece in traced.pieces.values() for graph in piece.fx_graphs.values())
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    if any(map(is_users, called)) or Reach(root).functions or device is None or device.type != "cpu":
+        return False
+    inputs = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    weights, given = (sum(t.numel() for t in tensors) for tensors in (root.parameters(), inputs))
+    return weights <= _SMALL[0] and given <= _SMALL[1]
 
 
 class _Recording:
@@ -92,12 +117,9 @@ class _Recording:
     def run(self) -> Run:
         twin, run = self._twin, self._run
         with twin.running(self._training):
-            with (
-                flop_counter() as forward,
-                self.watch.watching(),
-            ):
+            with FlopCounter() as forward, self.watch.watching():
                 outputs = self._forward()
-            run.forward_flops = forward.get_total_flops()
+            run.forward_flops = forward.total
             self._note_used()
             for path in self._recorded:
                 # what is computed again in the backward is no other call
@@ -106,9 +128,9 @@ class _Recording:
             self._number_all([self.function(t) for t in losses])
             required = [tensor for tensor in twin.required if tensor.requires_grad]
             if losses and required:
-                with flop_counter() as backward:
+                with FlopCounter() as backward:
                     self._backward(losses, required)
-                run.backward_flops = backward.get_total_flops()
+                run.backward_flops = backward.total
         self._settle()
         return run
 

@@ -23,7 +23,7 @@ from fxprop.frontends.hooks import preserved
 from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import TracedModule, name_in_the_way
 from fxprop.frontends.observe import CallPattern, Observation, observe, run_observed
-from fxprop.frontends.reach import reads_its_mode
+from fxprop.frontends.reach import Reach
 from fxprop.frontends.stored import Graphs
 from fxprop.frontends.symbolic import TracedGraphs, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
@@ -128,8 +128,10 @@ class _Descent:
 
     def _disagreements(self, traced: Traced) -> dict[str, str]:
         found: dict[str, str] = {}
-        here = self._model.training
-        for training in (here, not here) if reads_its_mode(self._model) else (here,):
+        here, reach = self._model.training, Reach(self._model)
+        if not (reach.functions or reach.others):
+            return found  # nothing but torch's own modules, each of which is called as it is
+        for training in (here, not here) if reach.reads_its_mode() else (here,):
             pieces = {path for path, piece in traced.pieces.items() if training in piece.fx_graphs}
             if self._inputs is None or not pieces:
                 continue

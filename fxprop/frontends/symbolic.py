@@ -61,6 +61,8 @@ def trace_modes(
         if isinstance(model, fx.GraphModule):
             return TracedGraphs(_graphs_of(tree), "", {})
         first = _Trace(leaf_modules, given, tree)
+        if not (first.reach.others or first.reach.reads_its_mode()):
+            return TracedGraphs({here: first.graph, not here: first.graph}, "", first.constants)
         # of the traced copy, so that a constant has one name in both
         other_tree = copy_tree(tree)
         uncompile(other_tree)
@@ -101,6 +103,7 @@ class _Trace:
         self._leaf_modules, self._given, self._tree = leaf_modules, given, tree
         with untouched(tree) as self._state:
             self._run(like)
+        self.reach = self._state.reach
 
     def _run(self, like: fx.Graph | None) -> None:
         # with tensors that the code makes once, by the name under which the graph fetches them
@@ -110,14 +113,16 @@ class _Trace:
             self.graph, self.constants = like, {}
         elif like is not None:
             self.graph, self.constants = self._traced(lines=True)
-        with _other_surroundings():
-            elsewhere, _ = self._traced(lines=False)
-        if not same_graph(elsewhere, self.graph):
-            raise TraceError(
-                f"torch.fx cannot trace {the_model(self._tree)}: {self._line_of_question(elsewhere)}: its "
-                "code asks whether gradients, autocast or inference mode are enabled, and a graph would "
-                "hold the answer that it got while it was made"
-            )
+        reach = self._state.reach
+        if reach.others or reach.may_ask_for_surroundings():
+            with _other_surroundings():
+                elsewhere, _ = self._traced(lines=False)
+            if not same_graph(elsewhere, self.graph):
+                raise TraceError(
+                    f"torch.fx cannot trace {the_model(self._tree)}: {self._line_of_question(elsewhere)}: "
+                    "its code asks whether gradients, autocast or inference mode are enabled, and a graph "
+                    "would hold the answer that it got while it was made"
+                )
         if _hands_out(self.graph, self.constants):
             raise TraceError(
                 f"torch.fx cannot trace {the_model(self._tree)}: {first_line(type(self._tree).forward)}: "

@@ -66,6 +66,8 @@ class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)  # a question, such as for the device
         written = [t for t in written_by(func, args, kwargs) if storage_of(t) not in self._made]
         for tensor in written:
             self._save(tensor)

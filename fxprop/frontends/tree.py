@@ -21,6 +21,7 @@ from torch import nn
 from fxprop.frontends.compiled import IN_PLACE, compiled_again, is_compiled, original_of
 from fxprop.frontends.generated import is_generated, sibling
 from fxprop.frontends.objects import (
+    ATOMS,
     CACHED,
     MANY,
     cell_value,
@@ -76,10 +77,12 @@ class _Copier:
         return twin
 
     def value(self, value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return self.module(value)
+        if type(value) in ATOMS and not isinstance(value, torch.Tensor):
+            return value
         if id(value) in self._done:
             return self._done[id(value)]
+        if isinstance(value, nn.Module):
+            return self.module(value)
         if isinstance(value, torch.Tensor):
             return self._remember(value, self._tensor(value))
         if isinstance(value, dict):
@@ -170,10 +173,6 @@ class _Copier:
         return twin
 
 
-# what leads nowhere
-_PLAIN = (bool, int, float, str, type(None), torch.Tensor, dict)
-
-
 def _leading_to_modules(root: nn.Module) -> set[int]:
     """The ids of all objects through which a module in `root` is reached."""
     holders: dict[int, list[Any]] = {}
@@ -185,7 +184,7 @@ def _leading_to_modules(root: nn.Module) -> set[int]:
         value = waiting.popleft()
         if isinstance(value, nn.Module):
             found.append(value)
-        elif not isinstance(value, _PLAIN):
+        elif not isinstance(value, dict):
             others += 1
         for held in held_by(value):
             holders.setdefault(id(held), []).append(value)

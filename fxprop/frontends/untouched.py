@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import gc
+import operator
 import random
 import sys
 import types
@@ -21,7 +22,7 @@ from torch import fx, nn
 # not a public path, but the one torch's own documentation imports it from
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxprop.frontends.objects import MANY, cell_value, held_by, is_holder, is_iterator, slot_values
+from fxprop.frontends.objects import ATOMS, MANY, cell_value, held_by, is_holder, is_iterator, slot_values
 from fxprop.frontends.reach import Reach
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -98,13 +99,14 @@ class PythonState:
             self._seen[id(contents)] = contents
             self._mapping(f"{kind} {{!r}} {place}", contents)
         for key, value in attributes.items():
-            if not (value.__class__ is collections.OrderedDict and not value and key.endswith("hooks")):
+            no_hooks = type(value) is collections.OrderedDict and not value and key.endswith("hooks")
+            if type(value) not in ATOMS and not no_hooks:
                 self._waiting.append((f"attribute {key!r} {place}", value))
         self._slots(place, module)
 
     def _value(self, where: str, value: Any) -> bool:
         """Keep `value`; whether there was something to look at."""
-        if isinstance(value, (*_PLAIN, torch.Tensor, type)) or id(value) in self._seen:
+        if type(value) in ATOMS or id(value) in self._seen or isinstance(value, torch.Tensor | type):
             return False
         if isinstance(value, nn.Module):
             self._module(f"of a module in {where}", value)
@@ -150,6 +152,9 @@ class PythonState:
         before = dict(dict.items(value))
 
         def changes() -> list[str]:
+            same_keys = len(value) == len(before) and all(map(operator.is_, dict.keys(value), before))
+            if same_keys and all(map(operator.is_, dict.values(value), before.values())):
+                return []
             now = dict(dict.items(value))
             keys = now.keys() if now.keys() == before.keys() else now.keys() | before.keys()
             return [
@@ -308,6 +313,17 @@ def untouched(root: nn.Module, *others: Any) -> Iterator[PythonState]:
         finally:
             state.changed = tuple(state.changes())
             state.restore()
+
+
+@contextlib.contextmanager
+def collecting(enabled: bool) -> Iterator[None]:
+    """Python's collector of cycles on or off: it looks through all objects of a model again and again."""
+    before = gc.isenabled()
+    gc.enable() if enabled else gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
 def _chained(grad_input: int, chain: Chain, batch: int) -> int:
     """Whole for the examples that upstream chooses by, and its kept channels for the others."""
     whole = math.ceil(chain.score_fraction * batch)
-    rest = grad_input * (batch - whole) // batch
+    rest = grad_input * (batch - whole) // max(1, batch)
     return grad_input - rest + rest * chain.k // chain.n
 
 
