@@ -78,8 +78,10 @@ def multi_head_attention(
     they are projected.
     """
     q = sequence_first(query, batch_first)
-    k = q if key is query else sequence_first(key, batch_first)
-    v = k if value is key else sequence_first(value, batch_first)
+    # without a batch torch makes three tensors of one, and projects each alone
+    alone = isinstance(query, Tensor) and query.dim() == 2
+    k = q if key is query and not alone else sequence_first(key, batch_first)
+    v = k if value is key and not alone else sequence_first(value, batch_first)
 
     def rows(tensor: Any, start: int, end: int) -> Any:
         if tensor is None:
