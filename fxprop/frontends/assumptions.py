@@ -142,10 +142,11 @@ def _has_users_code(module: nn.Module) -> bool:
 def _read_of(module: nn.Module, names: set[str]) -> Iterator[str]:
     """The attributes of `module` whose values are in a graph of its code."""
     constants = next((c for cls, (_, c) in SITE_MODULES.items() if isinstance(module, cls)), None)
+    users = _has_users_code(module)
     for key, value in list(vars(module).items()):
-        if constants is not None and not _has_users_code(module):
+        if constants is not None and not users:
             read = key in constants or key == "padding_mode"
-        elif _has_users_code(module):
+        elif users:
             read = key in names
         else:
             read = not key.startswith("_") and isinstance(value, bool | int | float | str | tuple | None)

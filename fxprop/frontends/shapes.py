@@ -23,14 +23,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ValuesNeededError
+from fxprop.frontends.account import Account
 from fxprop.frontends.counting import FlopCounter
 from fxprop.frontends.fakes import Twin, describe_all, has_values, model_device
 from fxprop.frontends.interpret import GraphRecorder, on_gradient
 from fxprop.frontends.leaves import is_users
 from fxprop.frontends.module import TracedModule
+from fxprop.frontends.observe import Observation
 from fxprop.frontends.reach import Reach
 from fxprop.frontends.record import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
 from fxprop.frontends.traced import Traced
+from fxprop.frontends.untouched import draws
 from fxprop.frontends.watch import Watch
 from fxprop.ops.calls import described
 from fxprop.ops.table import Product
@@ -50,16 +53,21 @@ def run_traced(traced: Traced, training: bool, args: tuple[Any, ...], kwargs: Ma
     on those, or holds nothing but small modules of torch's, on real ones, where there are any. Raises
     InputError naming the layer if the model cannot run on the inputs.
     """
+    known = traced.runs.get(training)
+    if isinstance(known, Run):
+        return known
     if _is_small(traced, args, kwargs) and has_values(traced.root, args, kwargs):
         with contextlib.suppress(InputError):  # of a dtype for which there are no kernels
-            return replace(_Recording(traced, training, args, kwargs, real=True).run(), real=False)
+            return replace(Recording(traced, training, args, kwargs, real=True).run(), real=False)
     try:
-        return _Recording(traced, training, args, kwargs, real=False).run()
+        if known is not None:
+            raise known
+        return Recording(traced, training, args, kwargs, real=False).run()
     except InputError:
         if not has_values(traced.root, args, kwargs):
             raise
         # a model that reads values; if the inputs are at fault, this says so in the model's own words
-        return _Recording(traced, training, args, kwargs, real=True).run()
+        return Recording(traced, training, args, kwargs, real=True).run()
 
 
 # entries of parameters and inputs
@@ -81,8 +89,8 @@ def _is_small(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return weights <= _SMALL[0] and given <= _SMALL[1]
 
 
-class _Recording:
-    """The state of one run; dropped with the autograd graph when it is done."""
+class Recording:
+    """One run of a traced model; dropped with the autograd graph when it is done."""
 
     def __init__(
         self,
@@ -94,6 +102,8 @@ class _Recording:
         real: bool,
     ) -> None:
         self._run = Run(real=real)
+        # the account of the forward, by which it is held against the model's
+        self.observation = Observation(real=real)
         self._twin = Twin(traced.root, args, kwargs, real=real)
         self._training = training
         self._required = {id(tensor) for tensor in self._twin.required}
@@ -114,9 +124,10 @@ class _Recording:
                 piece.__dict__["forward"] = GraphRecorder(self, path, piece, graph)
                 self._recorded.append(path)
 
-    def run(self) -> Run:
+    def run(self, *, backward: bool = True) -> Run:
+        """Run it; see `run_traced`."""
         twin, run = self._twin, self._run
-        with twin.running(self._training):
+        with twin.running(self._training) as state:
             with FlopCounter() as forward, self.watch.watching():
                 outputs = self._forward()
             run.forward_flops = forward.total
@@ -127,21 +138,29 @@ class _Recording:
             losses = [t for t in _tensors(outputs) if t.requires_grad]
             self._number_all([self.function(t) for t in losses])
             required = [tensor for tensor in twin.required if tensor.requires_grad]
-            if losses and required:
-                with FlopCounter() as backward:
+            if backward and losses and required:
+                with FlopCounter() as counter:
                     self._backward(losses, required)
-                run.backward_flops = backward.total
+                run.backward_flops = counter.total
+        self.observation.changes = list(state.changed)
         self._settle()
         return run
 
     def _forward(self) -> Any:
-        twin = self._twin
+        twin, observation = self._twin, self.observation
         given = describe_all(twin.args, twin.kwargs)
+        account = Account(self.watch, twin.labels())
+        observation.ops = account.ops
         try:
-            return twin.root(*twin.args, **twin.kwargs)
-        except InputError:
+            with draws() as drawn, account:
+                outputs = twin.root(*twin.args, **twin.kwargs)
+            observation.drawn = drawn
+            return outputs
+        except InputError as error:
+            observation.error, observation.failed = error, self.watch.failed or []
             raise
         except Exception as error:
+            observation.error, observation.failed = error, self.watch.failed or []
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if not self._place and self.watch.at:
                 self._place = f" at layer {self.watch.at!r}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxprop.errors import InputError, TraceError
@@ -22,8 +23,10 @@ from fxprop.frontends.export import trace_exported
 from fxprop.frontends.hooks import preserved
 from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
 from fxprop.frontends.module import TracedModule, name_in_the_way
-from fxprop.frontends.observe import CallPattern, Observation, observe, run_observed
+from fxprop.frontends.observe import CallPattern, Observation, observe
 from fxprop.frontends.reach import Reach
+from fxprop.frontends.record import Run
+from fxprop.frontends.shapes import Recording
 from fxprop.frontends.stored import Graphs
 from fxprop.frontends.symbolic import TracedGraphs, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
@@ -124,8 +127,12 @@ class _Descent:
                 return traced
             if frontend == "symbolic" and "" in found:
                 raise TraceError(f"torch.fx cannot trace {the_model(self._model)}: {found['']}.")
+            if found.keys() <= self._refused.keys():
+                path, why = next(iter(found.items()))
+                raise TraceError(f"{path!r} cannot be taken apart, and must be: {why}")
             self._refused |= found
 
+    @torch.inference_mode(False)
     def _disagreements(self, traced: Traced) -> dict[str, str]:
         found: dict[str, str] = {}
         here, reach = self._model.training, Reach(self._model)
@@ -141,8 +148,16 @@ class _Descent:
                 if training == here:
                     raise
                 continue  # it cannot run in that mode: batch norm on a batch of one
-            run = run_observed(traced.root, *self._inputs, training, real=model.real)
-            found |= disagreements(model, run, pieces, train=training)
+            recording = Recording(traced, training, *self._inputs, real=model.real)
+            counted = training == here or traced.other_mode_differs
+            run: Run | InputError
+            try:
+                run = recording.run(backward=counted)
+            except InputError as error:
+                run = error
+            found |= disagreements(model, recording.observation, pieces, train=training)
+            if counted and not model.real:
+                traced.runs[training] = run
         return found
 
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fxprop.errors import InputError
 from fxprop.frontends.module import TracedModule
+from fxprop.frontends.record import Run
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Traced:
     opaque: dict[str, str] = field(default_factory=dict)
     # placeholder -> parameter, where parameters are inputs of the graph
     parameters: Mapping[str, str] = field(default_factory=dict)
+    # by mode: the run on the example inputs by which it was held against the model, or how that failed
+    runs: dict[bool, Run | InputError] = field(default_factory=dict)
 
     @property
     def training(self) -> bool:
