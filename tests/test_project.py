@@ -102,8 +102,14 @@ def test_public_names_exist():
 def test_private_names_of_torch_are_still_there():
     """If one of these moves, the comment beside its use says what it was for."""
     from torch import nn
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        FakeTensor,
+        FakeTensorMode,
+        UnsupportedOperatorException,
+    )
     from torch.utils import _pytree
+    from torch.utils.flop_counter import FlopCounterMode
 
     assert issubclass(DataDependentOutputException, RuntimeError)
     assert FakeTensorMode.__module__ == "torch._subclasses.fake_tensor"
@@ -120,6 +126,19 @@ def test_private_names_of_torch_are_still_there():
     with torch.autograd.graph.saved_tensors_hooks(pack, pack):
         assert top(True)[0] is pack
     assert top(True) is None
+    # what the accounts of runs, stand-ins and compiled children rely on
+    weight = nn.Linear(2, 2).weight
+    assert weight.untyped_storage()._cdata == weight.detach().untyped_storage()._cdata
+    fake = FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), torch.device("cpu"))
+    fake._is_param = True
+    assert isinstance(fake, nn.Parameter)
+    assert fake.device.type == "cpu"
+    compiled = nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    assert vars(compiled)["_compiled_call_impl"] is not None
+    assert FlopCounterMode(display=False).flop_registry[torch.ops.aten.mm] is not None
+    assert torch.ops.aten.relu.default.decompose(torch.ones(1)) is NotImplemented
+    assert UnsupportedOperatorException.__module__.startswith("torch._subclasses")
     strategy, action = (
         getattr(torch._C._dynamo.eval_frame, n) for n in ("_FrameExecStrategy", "_FrameAction")
     )

@@ -121,7 +121,10 @@ class _Interpreter(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_module(target, args, kwargs)
+        watch = self._recording.watch
+        watch.aside = True  # a parametrized weight is computed anew
         weight = getattr(self.fetch_attr(target), "weight", None)
+        watch.aside = False
         if self._at is not None and isinstance(weight, torch.Tensor):
             self._call.weights[self._at.name] = self._recording.info(weight)
         return result

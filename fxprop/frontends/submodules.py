@@ -148,7 +148,7 @@ class _Descent:
                 if training == here:
                     raise
                 continue  # it cannot run in that mode: batch norm on a batch of one
-            recording = Recording(traced, training, *self._inputs, real=model.real)
+            recording = Recording(traced, training, *self._inputs, real=model.real, compared=True)
             counted = training == here or traced.other_mode_differs
             run: Run | InputError
             try:

@@ -34,6 +34,8 @@ class Watch:
         self.failed: list[tuple[str, int]] | None = None
         # inside a graph that is being recorded node by node
         self.muted = 0
+        # while something is looked at that the model does not do
+        self.aside = False
 
     @property
     def at(self) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class ProductMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, MethodWrapperType):  # an attribute, such as the shape
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor):
+                self._follow(args, kwargs, result)
+            return result
         static = kwargs.get("static_k"), kwargs.get("static_v")
         if func is F.multi_head_attention_forward and static == (None, None):
             # a function of Python, inside which no mode is active
