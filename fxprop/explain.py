@@ -13,7 +13,7 @@ from fxprop.inspect import code_changes, code_lines, described, generated_node, 
 from fxprop.plan import Decision, Shape
 from fxprop.policy import Policy
 from fxprop.recipe import recipe_of
-from fxprop.report.report import Gradients, Layer
+from fxprop.report.records import Gradients, Layer
 
 _WIDTH = 12
 
@@ -84,6 +84,8 @@ def _settings(decision: Decision) -> Iterator[tuple[str, str]]:
     if sparsity.chain is not None:
         chain = sparsity.chain
         yield "chain", f"grad_input for {chain.k} of {chain.n} channels, which {chain.upstream} reads"
+    for at, why in enumerate(decision.dropped):
+        yield "" if at else "left out", why
 
 
 def _other_rules(policy: Policy, decision: Decision) -> Iterator[tuple[str, str]]:

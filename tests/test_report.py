@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 import fxprop
-from fxprop.report.report import Gradients, Layer, Report
+from fxprop.report.records import Gradients, Layer
+from fxprop.report.report import Report
 
 
 def measured_backward(module, *inputs):

@@ -14,7 +14,8 @@ from typing import Any
 from fxprop.cost import entries_scored
 from fxprop.ops.select import RANDOM
 from fxprop.plan import Chain, Decision, Plan, Site, Sparsity
-from fxprop.report.report import Gradients, Layer, Report
+from fxprop.report.records import Gradients, Layer
+from fxprop.report.report import Report
 
 
 def make_report(

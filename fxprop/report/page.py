@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import tomli_w
 import torch
@@ -15,25 +15,23 @@ from markupsafe import Markup
 
 from fxprop.diff_colours import as_html
 from fxprop.report import wording
+from fxprop.report.records import Layer, ReportData
 from fxprop.report.tree import Row
 from fxprop.report.units import percent
 from fxprop.version import __version__
 
-if TYPE_CHECKING:
-    from fxprop.report.report import Layer, Report
 
-
-def to_page(report: Report, diff: str) -> str:
+def to_page(report: ReportData, diff: str) -> str:
     """A whole page that needs nothing besides itself; `diff` is the code diff to show, or empty."""
     return _render("page.html.j2", report, diff=Markup(as_html(diff)) if diff else "")
 
 
-def to_fragment(report: Report) -> str:
+def to_fragment(report: ReportData) -> str:
     """What a notebook shows: the totals, and the layers with bars."""
     return _render("fragment.html.j2", report)
 
 
-def _render(name: str, report: Report, **more: Any) -> str:
+def _render(name: str, report: ReportData, **more: Any) -> str:
     loader = PackageLoader("fxprop.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -62,7 +60,7 @@ class Line:
     """A row of the table of layers, with its bar."""
 
     layer: Layer
-    report: Report
+    report: ReportData
     # the largest dense count of all layers, whose bar is the longest
     longest: int
 
@@ -136,7 +134,7 @@ class Line:
 class View:
     """What the templates show of a report."""
 
-    report: Report
+    report: ReportData
 
     @property
     def counted(self) -> bool:

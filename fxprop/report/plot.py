@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from fxprop.errors import ReportError
+from fxprop.report.records import ReportData
 from fxprop.report.units import percent
 
-if TYPE_CHECKING:
-    from fxprop.report.report import Report
 
-
-def figure(report: Report) -> Any:
+def figure(report: ReportData) -> Any:
     """A matplotlib figure: for every layer in graph order a bar, dense, and in it what is executed.
 
     Raises ReportError without matplotlib, or if the report has no numbers.

@@ -5,16 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from fxprop.report.records import ReportData
 from fxprop.report.tree import Depth, Row, rows_of
 from fxprop.report.units import Unit, percent
 from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
-
-if TYPE_CHECKING:
-    from fxprop.report.report import Report
 
 # no line is longer than the reader's window, but for one narrower than this
 _NARROWEST = 80
@@ -25,7 +23,7 @@ _COLLAPSED = (
 )
 
 
-def to_text(report: Report, width: int, depth: Depth) -> str:
+def to_text(report: ReportData, width: int, depth: Depth) -> str:
     """Tables for reading: grouped by module, as wide as `width` allows."""
     width = max(width, _NARROWEST)
     layers = _Layers.of(report, depth)
@@ -39,7 +37,7 @@ def to_text(report: Report, width: int, depth: Depth) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def to_markdown(report: Report, depth: Depth) -> str:
+def to_markdown(report: ReportData, depth: Depth) -> str:
     """The same as Markdown, with all columns."""
     table = _Layers.of(report, depth).to_text(_bold_heading, list(_EXTRA), "github")
     side = (_tabulate(rows, header, "github") for header, rows in _side_tables(report, depth))
@@ -71,7 +69,7 @@ class _Layers:
     columns: dict[str, list[str]]
 
     @classmethod
-    def of(cls, report: Report, depth: Depth) -> _Layers:
+    def of(cls, report: ReportData, depth: Depth) -> _Layers:
         """Every cell but the names."""
         rows, totals = rows_of(report.listed, depth), total_lines(report)
         blank = [""] * len(totals)
@@ -168,7 +166,7 @@ def _cut(text: str, length: int) -> str:
 # --- what is not rewritten --------------------------------------------------------------------------------
 
 
-def _side_tables(report: Report, depth: Depth) -> list[tuple[tuple[str, str], list[list[str]]]]:
+def _side_tables(report: ReportData, depth: Depth) -> list[tuple[tuple[str, str], list[list[str]]]]:
     """Tables of two columns: a layer or layers, and why they are not rewritten."""
     tables = []
     for heading, lines in reasons(report):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-if TYPE_CHECKING:
-    from fxprop.report.report import Layer
+from fxprop.report.records import Layer
 
 # up to which module level to show rows; None: chosen by `readable_depth`
 Depth = int | Literal["all"] | None

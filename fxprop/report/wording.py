@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from fxprop.report.records import Layer, ReportData
 from fxprop.report.tree import Column, Row
 from fxprop.report.units import scaled
-
-if TYPE_CHECKING:
-    from fxprop.report.report import Layer, Report
 
 COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
 
 
-def title(report: Report) -> str:
+def title(report: ReportData) -> str:
     """How many layers there are of each kind."""
     counts = {"rewritten": 0, "dense": 0, "skipped": 0}
     for layer in report.layers:
@@ -26,7 +23,7 @@ def title(report: Report) -> str:
     )
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: ReportData) -> list[str]:
     """What the numbers mean, and what else is to be known of them."""
     totals = report.totals
     if totals.other is None:
@@ -54,7 +51,7 @@ def notes(report: Report) -> list[str]:
     return [*found, *([report.note] if report.note else [])]
 
 
-def reasons(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+def reasons(report: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
     """What is not rewritten, and why, under a heading for each kind there is."""
     dense = [(x.name, str(x.reason)) for x in report.layers if x.status == "dense"]
     skipped = [(f"{x.name} ({x.op})", str(x.reason)) for x in report.layers if x.status == "skipped"]
@@ -101,7 +98,7 @@ def ops(row: Row) -> str:
     return ", ".join(f"{count} {op}" for op, count in counts.items())
 
 
-def total_lines(report: Report) -> list[tuple[str, list[int]]]:
+def total_lines(report: ReportData) -> list[tuple[str, list[int]]]:
     """The sums under the columns: name, and dense, sparse and executed; none without example inputs."""
     totals = report.totals
     if totals.other is None:

@@ -1,0 +1,204 @@
+"""The report as data: one record per layer, and totals that add up. How it is shown is in the forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fxprop.plan import Select, Shape, Status, WeightGrad
+from fxprop.report.units import Unit
+from fxprop.version import __version__
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """FLOPs of a layer's two gradients; one multiply-add is 2."""
+
+    grad_input: int
+    grad_weight: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.grad_input + self.grad_weight
+
+    def to_dict(self) -> dict[str, int]:
+        """As in the report schema."""
+        return {"grad_input": self.grad_input, "grad_weight": self.grad_weight}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One site in the report. FLOP fields are None where there were no example inputs."""
+
+    name: str
+    op: str
+    status: Status
+    reason: str | None
+    decided_by: str
+    input_shape: Shape | None
+    weight_shape: Shape | None
+    output_shape: Shape | None
+    groups: int
+    select: Select | None
+    score: str | None
+    k: int | None
+    n: int | None
+    source: str | None
+    # qualified name of the module whose graph or code it is in; "" is the model itself
+    graph: str = ""
+    # what is rewritten with the layer: "batch_norm + relu"; None if it is rewritten alone
+    region: str | None = None
+    # "dense" or "row_sparse", of a rewritten layer
+    weight_grad: WeightGrad | None = None
+    # the layer upstream that reads only a part of grad_input, which is all that is computed
+    chain: str | None = None
+    forward: int | None = None
+    # the ordinary backward
+    dense: Gradients | None = None
+    # the arithmetic that the kept entries need
+    sparse: Gradients | None = None
+    # the arithmetic that fxprop's kernels perform
+    executed: Gradients | None = None
+    # element operations spent on scoring and top-k
+    select_ops: int | None = None
+
+    def with_counts(
+        self,
+        forward: int,
+        dense: Gradients,
+        sparse: Gradients,
+        executed: Gradients,
+        select_ops: int,
+    ) -> Layer:
+        """This layer with its numbers filled in."""
+        return replace(
+            self,
+            forward=forward,
+            dense=dense,
+            sparse=sparse,
+            executed=executed,
+            select_ops=select_ops,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the report schema."""
+
+        def gradients(of: Gradients | None) -> dict[str, int] | None:
+            return None if of is None else of.to_dict()
+
+        return {
+            "name": self.name,
+            "op": self.op,
+            "status": self.status,
+            "reason": self.reason,
+            "decided_by": self.decided_by,
+            "source": self.source,
+            "graph": self.graph,
+            "region": self.region,
+            "weight_grad": self.weight_grad,
+            "chain": self.chain,
+            "input_shape": _as_list(self.input_shape),
+            "weight_shape": _as_list(self.weight_shape),
+            "output_shape": _as_list(self.output_shape),
+            "groups": self.groups,
+            "select": self.select,
+            "score": self.score,
+            "k": self.k,
+            "n": self.n,
+            "forward": self.forward,
+            "dense": gradients(self.dense),
+            "sparse": gradients(self.sparse),
+            "executed": gradients(self.executed),
+            "select_ops": self.select_ops,
+        }
+
+
+def _as_list(shape: Shape | None) -> list[int] | None:
+    return None if shape is None else list(shape)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the layers; None where there were no example inputs."""
+
+    forward: int | None
+    dense: int | None
+    sparse: int | None
+    executed: int | None
+    select_ops: int | None
+    # backward FLOPs outside the listed sites, and of skipped layers
+    other: int | None
+    # 1 - (executed + other) / (dense + other)
+    saving: float | None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What every form of the report shows.
+
+    Counts are FLOPs of one backward pass; what the columns mean is said at `Report`.
+    """
+
+    model: str
+    frontend: str
+    # "train" or "eval": the mode the model was in
+    mode: str
+    layers: tuple[Layer, ...]
+    other: int | None
+    note: str = ""
+    # modules that are not in a graph but run as written, and why
+    untraced: tuple[tuple[str, str], ...] = ()
+    # the policy as in a policy file
+    policy: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @cached_property
+    def listed(self) -> tuple[Layer, ...]:
+        """The layers that could be rewritten: all that are not skipped."""
+        return tuple(layer for layer in self.layers if layer.status != "skipped")
+
+    @cached_property
+    def totals(self) -> Totals:
+        """The columns summed; `saving` is 0.0 for a backward without FLOPs."""
+        if self.other is None:
+            return Totals(None, None, None, None, None, None, None)
+        sums = {
+            column: sum(g.total for layer in self.layers if (g := getattr(layer, column)))
+            for column in ("dense", "sparse", "executed")
+        }
+        whole = sums["dense"] + self.other
+        saving = 1 - (sums["executed"] + self.other) / whole if whole else 0.0
+        return Totals(
+            forward=sum(layer.forward or 0 for layer in self.layers),
+            select_ops=sum(layer.select_ops or 0 for layer in self.layers),
+            other=self.other,
+            saving=saving,
+            **sums,
+        )
+
+    @cached_property
+    def unit(self) -> Unit:
+        """The unit that people get the numbers in."""
+        return Unit.of(None if self.other is None else (self.totals.dense or 0) + self.other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, under the names of the fields; `schema` counts its versions."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "frontend": self.frontend,
+            "mode": self.mode,
+            "fxprop": __version__,
+            "torch": torch.__version__,
+            "flops_per_multiply_add": 2,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "totals": vars(self.totals),
+            "untraced": [{"name": name, "reason": reason} for name, reason in self.untraced],
+            "policy": None if self.policy is None else dict(self.policy),
+        }
