@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ModelError, PolicyError, TraceError
 from fxprop.graph.rewrite import is_rewritten
 from fxprop.plan import Plan
+from fxprop.pytree import tree_leaves
 
 ExampleInputs = tuple[Any, ...] | torch.Tensor | None
 
@@ -72,7 +72,7 @@ def check_inputs(
             f"example_kwargs is a {type(example_kwargs).__name__}: expected a dict of keyword inputs"
         )
     args, kwargs = example_inputs or (), dict(example_kwargs or {})
-    for value in pytree.tree_leaves((args, kwargs)):
+    for value in tree_leaves((args, kwargs)):
         if isinstance(value, torch.Tensor) and value.is_nested:
             raise InputError(
                 f"the example inputs hold a nested tensor of {value.size(0)} parts, which have no shape in "

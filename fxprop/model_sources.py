@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxprop.errors import CommandError
 from fxprop.hub_sources import hf_inputs, hf_model, timm_model
+from fxprop.pytree import tree_map
 from fxprop.saved_files import exported_program, pickled_module
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
@@ -121,7 +121,7 @@ def _with_data(loaded: Loaded) -> Loaded:
             return torch.rand(value.shape, dtype=value.dtype)
         return torch.randint(2, value.shape).to(value.dtype)
 
-    args, kwargs = pytree.tree_map(real, (tuple(loaded.inputs), dict(loaded.kwargs)))
+    args, kwargs = tree_map(real, (tuple(loaded.inputs), dict(loaded.kwargs)))
     return Loaded(loaded.model, args, kwargs)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(fxprop.__file__).parent
 
 # each row may import only rows above it (and its own)
 LAYERS = [
-    ["errors", "version", "diff_colours", "progress"],
+    ["errors", "version", "diff_colours", "progress", "pytree"],
     ["plan"],
     ["ops"],
     ["cost", "settings", "joint"],

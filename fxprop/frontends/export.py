@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprop.errors import TraceError
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tree import copy_tree
+from fxprop.pytree import tree_map
 
 
 def trace_exported(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None) -> Traced:
@@ -82,7 +82,7 @@ def _export(
 def _by_name(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Any) -> Any:
     """`free` of every tensor among the inputs, in the structure that torch.export takes."""
     bound = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(free, value) for name, value in bound.items()}
+    return {name: tree_map(free, value) for name, value in bound.items()}
 
 
 def _adopt(tree: nn.Module, module: nn.Module, node: fx.Node, suffix: str) -> None:

@@ -18,7 +18,6 @@ from torch import fx, nn
 # not a public path, but the one torch's own documentation imports it from;
 # tests/test_project.py notices if it moves
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from fxprop.errors import InputError
@@ -28,6 +27,7 @@ from fxprop.frontends.module import TracedModule
 from fxprop.frontends.tensors import Made, storage_of
 from fxprop.frontends.tree import copy_tree
 from fxprop.frontends.untouched import PythonState, collecting, untouched
+from fxprop.pytree import tree_leaves, tree_map
 
 _SEED = 0
 
@@ -103,7 +103,7 @@ class Twin:
 
     def labels(self) -> dict[int, str]:
         """By storage: the names of the twin's parameters and buffers, and what its inputs are called."""
-        inputs = pytree.tree_leaves((self.args, self.kwargs))
+        inputs = tree_leaves((self.args, self.kwargs))
         tensors = {f"input {at}": value for at, value in enumerate(inputs)} | dict(
             (*self.root.named_buffers(), *self.root.named_parameters())
         )
@@ -133,7 +133,7 @@ class Twin:
                 self.required.append(twin.requires_grad_(True))
             return twin
 
-        return pytree.tree_map(convert, value)
+        return tree_map(convert, value)
 
     def _copy(self, tensor: torch.Tensor, device: torch.device, *, own: bool) -> torch.Tensor:
         if self.mode is None:
@@ -152,7 +152,7 @@ def _hints(sizes: Sequence[Any]) -> list[int]:
 
 def has_values(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the model and the inputs hold data that a run could read."""
-    tensors = [*root.parameters(), *root.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    tensors = [*root.parameters(), *root.buffers(), *tree_leaves((args, dict(kwargs)))]
     return not any(
         isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors
     )
@@ -236,4 +236,4 @@ def describe(value: Any) -> str:
 
 def describe_all(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """The tensors and other values in a call's inputs, as error messages show them."""
-    return ", ".join(describe(value) for value in pytree.tree_leaves((args, dict(kwargs))))
+    return ", ".join(describe(value) for value in tree_leaves((args, dict(kwargs))))

@@ -20,7 +20,6 @@ from torch import nn
 # not a public path, but the one torch's own documentation imports them from;
 # tests/test_project.py notices if they move
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils import _pytree as pytree
 
 from fxprop.errors import InputError, ValuesNeededError
 from fxprop.frontends.account import Account
@@ -37,6 +36,7 @@ from fxprop.frontends.untouched import draws
 from fxprop.frontends.watch import Watch
 from fxprop.ops.calls import described
 from fxprop.ops.table import Product
+from fxprop.pytree import tree_leaves
 
 
 @torch.inference_mode(False)
@@ -84,7 +84,7 @@ def _is_small(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     if any(map(is_users, called)) or Reach(root).functions or device is None or device.type != "cpu":
         return False
-    inputs = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
     weights, given = (sum(t.numel() for t in tensors) for tensors in (root.parameters(), inputs))
     return weights <= _SMALL[0] and given <= _SMALL[1]
 
@@ -316,7 +316,7 @@ def _reach(record: ProductCall, grad: torch.Tensor) -> None:
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     """Every tensor in what a model returns, in dataclasses and mappings of any class too."""
     found: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(outputs):
+    for leaf in tree_leaves(outputs):
         if isinstance(leaf, torch.Tensor):
             found.append(leaf)
         elif isinstance(leaf, Mapping):

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxprop.checks import ExampleInputs
 from fxprop.errors import InputError
 from fxprop.policy import Policy
 from fxprop.policy_files import PolicyLike, as_policy
+from fxprop.pytree import tree_leaves
 from fxprop.train.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.train.tune import site_times, tune
 from fxprop.transform import transform
@@ -113,9 +113,7 @@ def measure(
         for name in modules
     ]
     shapes = [
-        "x".join(map(str, leaf.shape))
-        for leaf in pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, Tensor)
+        "x".join(map(str, leaf.shape)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
     ]
     setting = {"input": " ".join(shapes), **_setting(device, rounds, compile, amp, tuned)}
     return Measurement(type(model).__name__, setting, tuple(variants))
@@ -197,7 +195,7 @@ class _Runner:
         if self._amp is not None:
             context = torch.autocast(self._device.type, dtype=self._amp)
         with context:
-            outputs = pytree.tree_leaves(self._module(*self._args, **self._kwargs))
+            outputs = tree_leaves(self._module(*self._args, **self._kwargs))
             losses = [
                 t.float().square().mean() for t in outputs if isinstance(t, Tensor) and t.requires_grad
             ]
@@ -215,7 +213,7 @@ class _Runner:
 
 
 def _check_real(inputs: Any) -> None:
-    for leaf in pytree.tree_leaves(inputs):
+    for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and (leaf.is_meta or type(leaf) is not Tensor):
             raise InputError(
                 f"measure got a {type(leaf).__name__} on {leaf.device.type}: expected real tensors, "
