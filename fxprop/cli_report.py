@@ -21,9 +21,9 @@ from fxprop.cli_options import (
 from fxprop.errors import CommandError
 from fxprop.inspect import code_diff
 from fxprop.plan import Site
-from fxprop.report import plot
+from fxprop.report.by_module import Depth
+from fxprop.report.forms import picture as plot
 from fxprop.report.report import WIDTH, Report
-from fxprop.report.tree import Depth
 from fxprop.report.wording import shape
 from fxprop.transform import Transformed, estimate, layers, transform
 

@@ -15,7 +15,7 @@ from torch import nn
 import fxprop
 from fxprop import cli
 from fxprop.errors import ReportError
-from fxprop.report import plot
+from fxprop.report.forms import picture as plot
 
 EVIL = "<script>alert(1)</script>"
 

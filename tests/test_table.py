@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import fxprop
-from fxprop.report.tree import readable_depth, rows_of
+from fxprop.report.by_module import readable_depth, rows_of
 from fxprop.report.units import Unit
 
 

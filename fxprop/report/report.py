@@ -7,10 +7,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
-from fxprop.report import page, plot, table
-from fxprop.report.csv_lines import to_csv
+from fxprop.report.by_module import Depth
+from fxprop.report.forms import csv, page, picture, text
 from fxprop.report.records import ReportData
-from fxprop.report.tree import Depth
 
 # of a text that goes to no terminal
 WIDTH = 100
@@ -36,7 +35,7 @@ class Report(ReportData):
 
     def to_csv(self) -> str:
         """One line per layer, exact numbers; columns as in the schema, flattened."""
-        return to_csv([layer.to_dict() for layer in self.layers])
+        return csv.to_csv(self)
 
     def to_text(self, width: int | None = None, depth: Depth = None) -> str:
         """Tables for people, grouped by module with subtotals; exact numbers are in the other forms.
@@ -54,11 +53,11 @@ class Report(ReportData):
         """
         if width is None:
             width = shutil.get_terminal_size((WIDTH, 24)).columns
-        return table.to_text(self, width, depth)
+        return text.to_text(self, width, depth)
 
     def to_markdown(self, depth: Depth = "all") -> str:
         """`to_text` as Markdown, with all columns."""
-        return table.to_markdown(self, depth)
+        return text.to_markdown(self, depth)
 
     def to_html(self, code_diff: str = "") -> str:
         """A page of its own, for a browser: totals, bars, a sortable table, reasons, the policy.
@@ -80,7 +79,7 @@ class Report(ReportData):
 
         Raises ReportError without matplotlib (the extra `plot`), or without example inputs.
         """
-        plot.save(plot.figure(self), file)
+        picture.save(picture.figure(self), file)
 
     def __str__(self) -> str:
         return self.to_text()

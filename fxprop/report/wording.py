@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
-from fxprop.report.tree import Column, Row
 from fxprop.report.units import scaled
 
 COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxprop.errors import ReportError
-from fxprop.report.plot import blank, save
+from fxprop.report.forms.picture import blank, save
 from fxprop.train.measurement import Measurement
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from fxprop.report.by_module import Depth, Row, rows_of
 from fxprop.report.records import ReportData
-from fxprop.report.tree import Depth, Row, rows_of
 from fxprop.report.units import Unit, percent
 from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
 

@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from fxprop.diff_colours import as_html
 from fxprop.report import wording
+from fxprop.report.by_module import Row
 from fxprop.report.records import Layer, ReportData
-from fxprop.report.tree import Row
 from fxprop.report.units import percent
 from fxprop.version import __version__
 
@@ -32,7 +32,7 @@ def to_fragment(report: ReportData) -> str:
 
 
 def _render(name: str, report: ReportData, **more: Any) -> str:
-    loader = PackageLoader("fxprop.report")
+    loader = PackageLoader("fxprop.report.forms")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

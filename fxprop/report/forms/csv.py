@@ -1,16 +1,18 @@
-"""Records as CSV."""
+"""The report as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fxprop.report.records import ReportData
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Dicts as CSV; nested dicts become "dense.grad_input", lists "64x3x7x7"."""
-    flat = [_flatten(row) for row in rows]
+
+def to_csv(report: ReportData) -> str:
+    """A line per layer; nested dicts of the schema become "dense.grad_input", lists "64x3x7x7"."""
+    flat = [_flatten(layer.to_dict()) for layer in report.layers]
     # a column may be nested in one row and null in another
     columns = list(dict.fromkeys(key for row in flat for key in row))
     text = io.StringIO()

@@ -1,0 +1,1 @@
+"""The forms of the report: each a few functions of its data."""
