@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,40 @@ def test_every_part_imports_only_what_is_above_it():
 def test_the_layering_check_can_fail():
     assert violations({"ops/conv.py": "from fxprop.policy import Policy"})
     assert violations({"plan.py": "from fxprop import ops"})
+
+
+def files_imported(source, files):
+    """Those of `files`, named as modules, that a file imports: anywhere in it, also under TYPE_CHECKING."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            # what is imported from a package may be a file of it
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if name in files else node.module for name in inner]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name for name in names if name in files}
+
+
+def check_for_circles(files):
+    TopologicalSorter({name: files_imported(source, files) for name, source in files.items()}).prepare()
+
+
+def test_no_two_files_import_each_other():
+    """Nor do more of them in a circle, whose files can only be understood all at once."""
+    files = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    assert "fxprop.plan" in files_imported(files["fxprop.report.records"], files)
+    check_for_circles(files)
+
+
+@pytest.mark.parametrize("back", ["from fxprop.a import A", "from fxprop import a", "import fxprop.a"])
+def test_the_circle_check_can_fail(back):
+    typed = f"if TYPE_CHECKING:\n    {back}"
+    with pytest.raises(CycleError):
+        check_for_circles({"fxprop.a": "from fxprop.b import B", "fxprop.b": typed})
 
 
 def test_files_stay_small():
