@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -11,17 +12,18 @@ from typing import Any
 
 import shtab
 
+from fxprop import settings
 from fxprop.checks import FRONTENDS
 from fxprop.errors import CommandError, ValuesNeededError
 from fxprop.model_sources import Loaded, Source, load
-from fxprop.ops.select import score_names
-from fxprop.plan import SELECTS, WEIGHT_GRADS, WHENS
 from fxprop.policy import Policy
 from fxprop.policy_files import load_policy
 from fxprop.progress import stage
 
 _DEFAULT_KEEP = 0.05
 _PRESETS: dict[str, Callable[..., Policy]] = {"exact": Policy, "fast": Policy.fast}
+# settings that are options of their own; --keep is one that may be given more than once
+_OPTIONS = tuple(setting for setting in settings.SETTINGS if setting.name not in ("keep", "k"))
 
 
 # shell functions that `fxprop completion` defines
@@ -113,20 +115,23 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
         choices=tuple(_PRESETS),
         help="fast: scores from part of the batch, bias and norm gradients in part (an approximation)",
     )
-    parser.add_argument(
-        "--when", choices=WHENS, help="faster (default): leave dense what is predicted not to win"
-    )
-    parser.add_argument(
-        "--weight-grad",
-        choices=WEIGHT_GRADS,
-        help="row_sparse: sparse tensors, for SGD without momentum, SparseAdam and Adagrad",
-    )
-    parser.add_argument("--select", help=f"one of {', '.join(SELECTS)}")
-    parser.add_argument("--score", help=f"one of {', '.join(score_names())}")
+    for setting in _OPTIONS:
+        takes: dict[str, Any] = {"type": setting.read, "metavar": "VALUE"}
+        if isinstance(setting.default, bool):
+            takes = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(
+            f"--{setting.name.replace('_', '-')}", default=None, help=_help(setting), **takes
+        )
     file = parser.add_argument(
         "--policy", metavar="FILE", help=".toml or .json; the options above override its defaults"
     )
     completed_by(file, shtab.FILE)
+
+
+def _help(setting: settings.Setting) -> str:
+    """The table's text, without the links that only the README can follow."""
+    meaning = re.sub(r" \(\[.*?\]\(.*?\)\)", "", setting.meaning).replace("`", "")
+    return f"{meaning} ({setting.values}; default {setting.default})".replace("%", "%%")
 
 
 def add_tune_cache(parser: argparse.ArgumentParser) -> None:
@@ -152,9 +157,9 @@ def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
         except ValueError as error:
             raise CommandError(f"--keep {keep}: expected a number with 0 < keep <= 1") from error
         given["k"] = None
-    for option in ("select", "score", "when", "weight_grad"):
-        if getattr(args, option) is not None:
-            given[option] = getattr(args, option)
+    for setting in _OPTIONS:
+        if getattr(args, setting.name) is not None:
+            given[setting.name] = getattr(args, setting.name)
     if args.policy is not None and args.preset is not None:
         raise CommandError(
             "--policy and --preset given: a policy file has its own settings; give one of them"

@@ -84,6 +84,8 @@ def _settings(decision: Decision) -> Iterator[tuple[str, str]]:
     if sparsity.chain is not None:
         chain = sparsity.chain
         yield "chain", f"grad_input for {chain.k} of {chain.n} channels, which {chain.upstream} reads"
+    for at, why in enumerate(decision.dropped):
+        yield "" if at else "left out", why
 
 
 def _other_rules(policy: Policy, decision: Decision) -> Iterator[tuple[str, str]]:

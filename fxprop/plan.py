@@ -12,19 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Select = Literal["channel", "element"]
-BiasGrad = Literal["full", "selected"]
-NormGrad = Literal["full", "kept"]
-WeightGrad = Literal["dense", "row_sparse"]
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-When = Literal["faster", "always"]
-Status = Literal["rewritten", "dense", "skipped"]
+from fxprop.settings import BiasGrad as BiasGrad
+from fxprop.settings import LayerSettings
+from fxprop.settings import NormGrad as NormGrad
+from fxprop.settings import Select as Select
+from fxprop.settings import WeightGrad as WeightGrad
 
-SELECTS: tuple[Select, ...] = ("channel", "element")
-BIAS_GRADS: tuple[BiasGrad, ...] = ("full", "selected")
-NORM_GRADS: tuple[NormGrad, ...] = ("full", "kept")
-WEIGHT_GRADS: tuple[WeightGrad, ...] = ("dense", "row_sparse")
-WHENS: tuple[When, ...] = ("faster", "always")
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Status = Literal["rewritten", "dense", "skipped"]
 
 Shape = tuple[int, ...]
 
@@ -192,22 +187,13 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Sparsity:
+class Sparsity(LayerSettings):
     """What a rewritten site keeps: k of n, chosen how."""
 
     k: int
     n: int
-    select: Select
-    score: str
-    bias: BiasGrad
-    sync_selection: bool = False
-    # share of the batch that scores are computed from
-    score_fraction: float = 1.0
-    # of a region's norm
-    norm_grad: NormGrad = "full"
     # whether the site's region is rewritten as one call
     region: bool = False
-    weight_grad: WeightGrad = "dense"
     # set where grad_input is computed as far as the region upstream reads it
     chain: Chain | None = None
 
@@ -248,6 +234,8 @@ class Decision:
     sparsity: Sparsity | None = None
     # which part of the policy decided: "rule 1 (name='fc')", "default", "output layer"
     decided_by: str = "default"
+    # settings that have no meaning at the site, and why
+    dropped: tuple[str, ...] = ()
 
     @property
     def region(self) -> Region | None:

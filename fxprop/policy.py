@@ -11,48 +11,24 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fxprop import cost
+from fxprop import cost, settings
 from fxprop.errors import OpError, PolicyError
 from fxprop.joint import agreeing, chained
 from fxprop.ops.norm_backward import SCORES as REGION_SCORES
-from fxprop.plan import (
-    BiasGrad,
-    Decision,
-    NormGrad,
-    Plan,
-    Select,
-    Site,
-    Sparsity,
-    WeightGrad,
-    When,
-)
-from fxprop.settings import check_keep, check_settings
+from fxprop.ops.select import get_score
+from fxprop.plan import Decision, Plan, Site, Sparsity
 
 Position = Literal["first", "output"]
 POSITIONS: tuple[Position, ...] = ("first", "output")
 
 CONDITIONS = ("name", "regex", "type", "position", "where")
-SETTINGS = (
-    "keep",
-    "k",
-    "select",
-    "score",
-    "round_to",
-    "bias",
-    "sync_selection",
-    "score_fraction",
-    "regions",
-    "norm_grad",
-    "weight_grad",
-    "when",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(settings.RuleSettings):
     """One line of a policy: conditions that must all hold, and what they set.
 
     >>> fxprop.Rule(name="layer4.*", keep=0.2)
@@ -74,18 +50,6 @@ class Rule:
     type: str | None = None
     position: Position | None = None
     where: Callable[[Site], bool] | None = None
-    keep: float | None = None
-    k: int | None = None
-    select: Select | None = None
-    score: str | None = None
-    round_to: int | None = None
-    bias: BiasGrad | None = None
-    sync_selection: bool | None = None
-    score_fraction: float | None = None
-    regions: bool | None = None
-    norm_grad: NormGrad | None = None
-    weight_grad: WeightGrad | None = None
-    when: When | None = None
 
     def __post_init__(self) -> None:
         if all(getattr(self, condition) is None for condition in CONDITIONS):
@@ -136,7 +100,7 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(settings.Settings):
     """How much of each layer's output gradient the backward pass keeps.
 
     >>> fxprop.Policy(keep=0.05)
@@ -174,26 +138,16 @@ class Policy:
     permits it).
     """
 
-    keep: float | None = None
-    k: int | None = None
-    select: Select = "channel"
-    score: str = "l1"
-    round_to: int = 1
-    bias: BiasGrad = "full"
-    sync_selection: bool = False
-    score_fraction: float = 1.0
-    regions: bool = True
-    norm_grad: NormGrad = "full"
-    weight_grad: WeightGrad = "dense"
-    when: When = "faster"
     rules: Sequence[Rule] = ()
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "policy")
-        for setting in SETTINGS:
-            if setting not in ("keep", "k") and getattr(self, setting) is None:
-                raise PolicyError(f"policy: {setting}=None: expected a value; leave it out for the default")
+        for setting in settings.SETTINGS:
+            if setting.default is not None and getattr(self, setting.name) is None:
+                raise PolicyError(
+                    f"policy: {setting.name}=None: expected a value; leave it out for the default"
+                )
         rules = tuple(self.rules)
         for rule in rules:
             if not isinstance(rule, Rule):
@@ -203,13 +157,13 @@ class Policy:
             raise PolicyError(f"policy: allow_unmatched={self.allow_unmatched!r}: expected true or false")
 
     @classmethod
-    def fast(cls, keep: float, **settings: Any) -> Policy:
+    def fast(cls, keep: float, **others: Any) -> Policy:
         """The fastest settings; an approximation of the exact rule.
 
         >>> fxprop.Policy.fast(keep=0.05)
 
         Scores (score="l2") come from a quarter of the batch, and biases and a batch-norm behind a
-        convolution get gradients for the kept channels only. `settings` override these, or add rules. The
+        convolution get gradients for the kept channels only. `others` override these, or add rules. The
         README compares speed, gradients and accuracy with the exact rule's.
         """
         fast: dict[str, Any] = {
@@ -218,7 +172,7 @@ class Policy:
             "norm_grad": "kept",
             "bias": "selected",
         }
-        return cls(keep=keep, **{**fast, **settings})
+        return cls(keep=keep, **{**fast, **others})
 
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
@@ -241,7 +195,7 @@ class Policy:
 
         >>> Policy(keep=0.05, rules=[Rule(name="fc", keep=1.0), Rule(name="layer4.*", k=3)]).with_keep(0.2)
         """
-        check_keep(keep, "keep")
+        settings.check("keep", keep, "keep")
         sets_amount = [rule.k is not None or rule.keep not in (None, 1.0) for rule in self.rules]
         rules = [
             replace(rule, keep=keep, k=None) if sets else rule
@@ -257,74 +211,67 @@ class Policy:
             if candidate.matches(site):
                 decided_by, rule = f"rule {number} ({candidate.conditions()})", candidate
                 break
-        settings = self._settings(rule)
-        if settings.k is None and (settings.keep is None or settings.keep == 1.0):
+        policy = self._with(rule)
+        if policy.k is None and (policy.keep is None or policy.keep == 1.0):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
         sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
         if site.is_output and not sets_amount:
             return Decision(site, "dense", "output layer", decided_by="output layer")
-        n = site.n(settings.select)
+        n = site.n(policy.select)
         if n is None:
-            reason = f"select={settings.select!r} needs shapes that are known only with example_inputs"
+            reason = f"select={policy.select!r} needs shapes that are known only with example_inputs"
             return Decision(site, "skipped", reason, decided_by=decided_by)
-        k = _kept(settings, n)
+        k = _kept(policy, n)
         if k == n:
             return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
-        sync = settings.sync_selection and settings.select == "channel"
-        sparsity = Sparsity(
-            k,
-            n,
-            settings.select,
-            settings.score,
-            settings.bias,
-            sync,
-            settings.score_fraction if settings.select == "channel" else 1.0,
-            weight_grad=settings.weight_grad
-            if settings.select == "channel" and site.can_be_row_sparse
-            else "dense",
-        )
-        if _fits_region(site, settings):
-            region = replace(sparsity, region=True, norm_grad=settings.norm_grad)
-            if settings.when == "always" or cost.region_wins(site, region):
-                sparsity = region
-        if settings.when == "faster":
+        of_layer, dropped = settings.of_layer(policy, site)
+        region = Sparsity(k, n, region=True, **vars(of_layer))
+        alone = replace(region, region=False, norm_grad="full")
+        fits = _fits_region(site, policy) and (policy.when == "always" or cost.region_wins(site, region))
+        sparsity = region if fits else alone
+        has_norm = fits and site.region is not None and site.region.norm is not None
+        if policy.norm_grad != "full" and not has_norm:
+            dropped += (f"norm_grad={policy.norm_grad!r}: the layer is rewritten without a batch norm",)
+        if policy.when == "faster":
             slow = cost.why_not_faster(site, sparsity)
             if slow is not None:
                 return Decision(site, "dense", slow, decided_by=decided_by)
-        return Decision(site, "rewritten", None, sparsity, decided_by)
+        return Decision(site, "rewritten", None, sparsity, decided_by, dropped)
 
-    def _settings(self, rule: Rule | None) -> Policy:
+    def _with(self, rule: Rule | None) -> Policy:
         """This policy with `rule`'s settings in place of its own."""
-        given = {s: getattr(rule, s) for s in SETTINGS if getattr(rule, s, None) is not None}
+        given = {s: getattr(rule, s) for s in settings.NAMES if getattr(rule, s, None) is not None}
         if "keep" in given or "k" in given:
             given = {"keep": None, "k": None, **given}
         return replace(self, rules=(), **given)
 
 
-def _check(settings: Rule | Policy, where: str) -> None:
+def _check(given: Rule | Policy, where: str) -> None:
+    settings.check_all(given, where)
     try:
-        check_settings(settings, where)
-    except OpError as error:  # a score that the operators do not know
+        if given.score is not None:
+            get_score(given.score)
+    except OpError as error:
         raise PolicyError(str(error)) from None
 
 
-def _fits_region(site: Site, settings: Policy) -> bool:
+def _fits_region(site: Site, policy: Policy) -> bool:
     return (
-        settings.regions
+        policy.regions
         and site.region is not None
         and not site.is_depthwise
-        and settings.select == "channel"
-        and settings.score in REGION_SCORES
+        and policy.select == "channel"
+        and policy.score in REGION_SCORES
     )
 
 
-def _kept(settings: Policy, n: int) -> int:
-    if settings.k is not None:
-        k = settings.k
+def _kept(policy: Policy, n: int) -> int:
+    if policy.k is not None:
+        k = policy.k
     else:
-        assert settings.keep is not None
-        k = max(1, math.floor(settings.keep * n + 0.5))
-    return min(n, -(-k // settings.round_to) * settings.round_to)
+        assert policy.keep is not None
+        k = max(1, math.floor(policy.keep * n + 0.5))
+    return min(n, -(-k // policy.round_to) * policy.round_to)
 
 
 def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:
@@ -344,5 +291,5 @@ def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:
 
 def rule_fields(*, in_files: bool) -> tuple[str, ...]:
     """The names a rule may set, in order; `where` cannot be written to a file."""
-    names = tuple(f.name for f in fields(Rule))
+    names = (*CONDITIONS, *settings.NAMES)
     return tuple(n for n in names if n != "where") if in_files else names

@@ -8,20 +8,19 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from fxprop import settings
 from fxprop.errors import PolicyError
 from fxprop.policy import Policy, Rule, rule_fields
-from fxprop.settings import check_keep
 
 _RULES_KEY = "rule"
 # `key = value  # comment` in TOML, `"key": value,` in JSON
 _ENTRY = re.compile(r"""[\s{]*"?(\w+)"?\s*[=:]\s*(.*?)\s*[,}]*\s*(?:#.*)?$""")
-_POLICY_KEYS = tuple(f.name for f in fields(Policy) if f.name != "rules")
+_POLICY_KEYS = (*settings.NAMES, "allow_unmatched")
 
 PolicyLike = Policy | float | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -42,7 +41,7 @@ def as_policy(policy: PolicyLike) -> Policy:
     if isinstance(policy, str | os.PathLike):
         return load_policy(policy)
     if isinstance(policy, int | float) and not isinstance(policy, bool):
-        check_keep(policy, "policy")
+        settings.check("keep", policy, "policy")
         return Policy(keep=float(policy))
     raise PolicyError(
         f"policy is {policy!r} of type {type(policy).__name__}: expected an fxprop.Policy, a number "
@@ -78,8 +77,8 @@ def from_dict(data: Mapping[str, Any]) -> Policy:
         )
     for number, rule in enumerate(rules, start=1):
         _check_keys(rule, rule_fields(in_files=True), f"rule {number}")
-    settings = {key: value for key, value in data.items() if key != _RULES_KEY}
-    return Policy(**settings, rules=tuple(Rule(**rule) for rule in rules))
+    given = {key: value for key, value in data.items() if key != _RULES_KEY}
+    return Policy(**given, rules=tuple(Rule(**rule) for rule in rules))
 
 
 def _check_keys(data: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fxprop.plan import Decision, Sparsity
 from fxprop.policy import Policy, Rule
 from fxprop.recipe import Recipe
+from fxprop.settings import OF_LAYERS
 
 
 def resolved(recipe: Recipe) -> Policy:
@@ -37,16 +38,5 @@ def _rule(decision: Decision) -> Rule:
 
 
 def _sparse(name: str, sparsity: Sparsity) -> Rule:
-    return Rule(
-        name=name,
-        k=sparsity.k,
-        select=sparsity.select,
-        score=sparsity.score,
-        bias=sparsity.bias,
-        sync_selection=sparsity.sync_selection,
-        score_fraction=sparsity.score_fraction,
-        regions=sparsity.region,
-        norm_grad=sparsity.norm_grad,
-        weight_grad=sparsity.weight_grad,
-        when="always",
-    )
+    given = {setting.name: getattr(sparsity, setting.name) for setting in OF_LAYERS}
+    return Rule(name=name, k=sparsity.k, regions=sparsity.region, when="always", **given)

@@ -1,51 +1,294 @@
-"""What values the settings of policies and rules may have."""
+"""The settings of policies, rules and operators: the one table, which everything that has settings reads.
+
+Policy, Rule, policy files, the command line, `explain`, the operators' keywords and the README's table all
+follow `SETTINGS`. The classes beside it give the same names their types; tests/test_settings.py holds them
+together.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Required, TypedDict, get_args
 
 from fxprop.errors import PolicyError
-from fxprop.ops.select import get_score
-from fxprop.plan import BIAS_GRADS, NORM_GRADS, SELECTS, WEIGHT_GRADS, WHENS
+
+Select = Literal["channel", "element"]
+BiasGrad = Literal["full", "selected"]
+NormGrad = Literal["full", "kept"]
+WeightGrad = Literal["dense", "row_sparse"]
+When = Literal["faster", "always"]
+
+SELECTS: tuple[Select, ...] = get_args(Select)
 
 
-def check_keep(keep: Any, where: str) -> None:
-    """Raise PolicyError unless `keep` is a share: a number with 0 < keep <= 1."""
-    number = isinstance(keep, int | float) and not isinstance(keep, bool)
-    if not number or not 0 < keep <= 1:  # NaN fails the comparison
-        raise PolicyError(
-            f"{where}: keep={keep!r}: expected a number with 0 < keep <= 1, the share of the output "
-            "gradient to keep (1.0 is dense)"
-        )
+class Layer(Protocol):
+    """What the table asks of a layer: see `fxprop.plan.Site`."""
+
+    @property
+    def can_be_row_sparse(self) -> bool: ...
 
 
-def check_settings(settings: Any, where: str) -> None:
-    """Raise PolicyError for the first value that `settings`, a Policy or a Rule, cannot have."""
-    if settings.keep is not None:
-        check_keep(settings.keep, where)
-    for setting in ("k", "round_to"):
-        value = getattr(settings, setting)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise PolicyError(f"{where}: {setting}={value!r}: expected an integer of at least 1")
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """What is set for one layer, besides how much is kept of it."""
+
+    select: Select = "channel"
+    score: str = "l1"
+    bias: BiasGrad = "full"
+    sync_selection: bool = False
+    score_fraction: float = 1.0
+    norm_grad: NormGrad = "full"
+    weight_grad: WeightGrad = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(LayerSettings):
+    """What a policy sets for every layer."""
+
+    keep: float | None = None
+    k: int | None = None
+    round_to: int = 1
+    regions: bool = True
+    when: When = "faster"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSettings:
+    """What a rule sets for the layers that it matches; None leaves it to the policy."""
+
+    keep: float | None = None
+    k: int | None = None
+    select: Select | None = None
+    score: str | None = None
+    round_to: int | None = None
+    bias: BiasGrad | None = None
+    sync_selection: bool | None = None
+    score_fraction: float | None = None
+    regions: bool | None = None
+    norm_grad: NormGrad | None = None
+    weight_grad: WeightGrad | None = None
+    when: When | None = None
+
+
+class KeepArgs(TypedDict, total=False):
+    """The keywords that every sparse operator takes; see `fxprop.ops.conv2d`."""
+
+    k: Required[int]
+    select: Select
+    score: str
+    bias_grad: BiasGrad
+    sync_selection: bool
+    score_fraction: float
+    norm_grad: NormGrad
+    weight_grad: WeightGrad
+    chained: bool
+
+
+def _never(layer: Layer, settings: LayerSettings) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    name: str
+    default: Any
+    # what it may be, as errors and the README say it, and whether a value is that
+    values: str
+    check: Callable[[Any], bool]
+    meaning: str
+    # the operators' keyword; None where it is the plan's alone
+    keyword: str | None = None
+    # its values, where they are a few words
+    choices: tuple[str, ...] = ()
+    # why it has no meaning at a layer; there the plan drops it, and says so
+    meaningless: Callable[[Layer, LayerSettings], str | None] = _never
+
+    def read(self, text: str) -> Any:
+        """A value as the command line gives it; what is no number stays text, for `check` to judge."""
+        kind = type(self.default)
+        try:
+            return kind(text) if kind in (int, float) else text
+        except ValueError:
+            return text
+
+
+def _choice(name: str, kind: Any, meaning: str, keyword: str | None, meaningless: Any = _never) -> Setting:
+    words: tuple[str, ...] = get_args(kind)
+    values = f"one of {', '.join(words)}"
+    return Setting(name, words[0], values, words.__contains__, meaning, keyword, words, meaningless)
+
+
+def _switch(
+    name: str, default: bool, meaning: str, keyword: str | None, meaningless: Any = _never
+) -> Setting:
+    return Setting(
+        name, default, "true or false", lambda v: isinstance(v, bool), meaning, keyword, (), meaningless
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
+    # NaN fails the comparison
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 < value <= 1)
+
+
+def _of_channels(layer: Layer, settings: LayerSettings) -> str | None:
+    return None if settings.select == "channel" else "single entries are chosen in each example alone"
+
+
+def _of_rows(layer: Layer, settings: LayerSettings) -> str | None:
+    if settings.select != "channel":
+        return "single entries are no rows of the weight"
+    return None if layer.can_be_row_sparse else "what is kept are no rows of a parameter"
+
+
+SETTINGS = (
+    Setting(
+        "keep",
+        None,
+        "a number with 0 < keep <= 1, the share of the output gradient to keep (1.0 is dense)",
+        _is_share,
+        "the share that is kept: k = max(1, floor(keep·n + 0.5)); 1 is dense",
+    ),
+    Setting(
+        "k",
+        None,
+        "an integer of at least 1",
+        _is_count,
+        "how many are kept, in place of `keep`; k = n is dense",
+        "k",
+    ),
+    _choice(
+        "select",
+        Select,
+        "whole output channels for the whole batch (meProp's unified form); or the top-k entries of each "
+        "example",
+        "select",
+    ),
+    Setting(
+        "score",
+        "l1",
+        "one of l1, l2, random, or a name given to fxprop.ops.register_score",
+        lambda v: isinstance(v, str),  # the names are known to the operators
+        "what top-k ranks by; `fxprop.ops.register_score` adds one",
+        "score",
+    ),
+    Setting("round_to", 1, "an integer of at least 1", _is_count, "rounds k up to a multiple"),
+    _choice(
+        "bias",
+        BiasGrad,
+        "bias gradient from the whole gradient, as meProp's code does, or from what was kept",
+        "bias_grad",
+    ),
+    _switch(
+        "sync_selection",
+        False,
+        "sums the scores over all processes of `torch.distributed`",
+        "sync_selection",
+        _of_channels,
+    ),
+    Setting(
+        "score_fraction",
+        1.0,
+        "a number with 0 < x <= 1",
+        _is_share,
+        "scores from this part of the batch (an approximation)",
+        "score_fraction",
+        (),
+        _of_channels,
+    ),
+    _switch(
+        "regions",
+        True,
+        "convolution, batch norm and ReLU, or linear layer and activation, get one backward "
+        "([below](#speed))",
+        None,
+    ),
+    _choice(
+        "norm_grad",
+        NormGrad,
+        "in a region, batch norm's own gradients for all channels, or for kept ones only",
+        "norm_grad",
+    ),
+    _choice(
+        "weight_grad",
+        WeightGrad,
+        "weight gradients as sparse tensors with the kept rows ([below](#training))",
+        "weight_grad",
+        _of_rows,
+    ),
+    _choice(
+        "when",
+        When,
+        "leaves dense, with the reason in the report, a layer that a cost model predicts to lose",
+        None,
+    ),
+)
+NAMES = tuple(setting.name for setting in SETTINGS)
+OF_LAYERS = tuple(s for s in SETTINGS if s.name in LayerSettings.__dataclass_fields__)
+
+# the words that operators' keywords may be
+CHOICES = {setting.keyword: setting.choices for setting in OF_LAYERS if setting.keyword and setting.choices}
+
+
+def check(name: str, value: Any, where: str) -> None:
+    """Raise PolicyError unless the setting `name` may have this value."""
+    setting = SETTINGS[NAMES.index(name)]
+    if not setting.check(value):
+        raise PolicyError(f"{where}: {name}={value!r}: expected {setting.values}")
+
+
+def check_all(settings: Settings | RuleSettings, where: str) -> None:
+    """Raise PolicyError for the first value that `settings` cannot have."""
+    for name in NAMES:
+        if getattr(settings, name) is not None:
+            check(name, getattr(settings, name), where)
     if settings.keep is not None and settings.k is not None:
         raise PolicyError(
             f"{where}: keep={settings.keep!r} and k={settings.k!r} both given: set one of them"
         )
-    if settings.select is not None and settings.select not in SELECTS:
-        raise PolicyError(f"{where}: select={settings.select!r}: expected one of {', '.join(SELECTS)}")
-    if settings.bias is not None and settings.bias not in BIAS_GRADS:
-        raise PolicyError(f"{where}: bias={settings.bias!r}: expected one of {', '.join(BIAS_GRADS)}")
-    for setting in ("sync_selection", "regions"):
-        value = getattr(settings, setting)
-        if value is not None and not isinstance(value, bool):
-            raise PolicyError(f"{where}: {setting}={value!r}: expected true or false")
-    for setting, values in (("norm_grad", NORM_GRADS), ("weight_grad", WEIGHT_GRADS), ("when", WHENS)):
-        value = getattr(settings, setting)
-        if value is not None and value not in values:
-            raise PolicyError(f"{where}: {setting}={value!r}: expected one of {', '.join(values)}")
-    fraction = settings.score_fraction
-    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-    if fraction is not None and not (number and 0 < fraction <= 1):
-        raise PolicyError(f"{where}: score_fraction={fraction!r}: expected a number with 0 < x <= 1")
-    if settings.score is not None:
-        get_score(settings.score)
+
+
+def of_layer(settings: Settings, layer: Layer) -> tuple[LayerSettings, tuple[str, ...]]:
+    """The settings that have a meaning at a layer, and what was dropped, with the reason."""
+    values, dropped = {}, []
+    for setting in OF_LAYERS:
+        value = getattr(settings, setting.name)
+        why = None if value == setting.default else setting.meaningless(layer, settings)
+        values[setting.name] = value if why is None else setting.default
+        if why is not None:
+            dropped.append(f"{setting.name}={value!r}: {why}")
+    return LayerSettings(**values), tuple(dropped)
+
+
+def keywords(settings: LayerSettings) -> Iterator[tuple[str, Any]]:
+    """As keywords of an operator."""
+    for setting in OF_LAYERS:
+        assert setting.keyword is not None
+        yield setting.keyword, getattr(settings, setting.name)
+
+
+def defaults() -> Mapping[str, Any]:
+    """The defaults by the operators' keywords."""
+    return {setting.keyword: setting.default for setting in OF_LAYERS if setting.keyword}
+
+
+def as_markdown() -> str:
+    """The table as the README has it."""
+    lines = ["| setting | values | meaning |", "|---|---|---|"]
+    for setting in SETTINGS:
+        words = setting.choices or ({"true or false": ("false", "true")}.get(setting.values, ()))
+        shown = [f'`"{word}"`' if setting.choices else f"`{word}`" for word in words]
+        default = f'`"{setting.default}"`' if setting.choices else f"`{str(setting.default).lower()}`"
+        values = ", ".join(f"{word} (default)" if word == default else word for word in shown)
+        if not shown:
+            known = "" if setting.default is None else f"; default {setting.default}"
+            values = setting.values.replace("<=", "≤") + known
+        lines.append(f"| `{setting.name}` | {values} | {setting.meaning} |")
+    return "\n".join(lines) + "\n"

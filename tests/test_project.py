@@ -16,9 +16,10 @@ PACKAGE = Path(fxprop.__file__).parent
 # each row may import only rows above it (and its own)
 LAYERS = [
     ["errors", "version", "diff_colours", "progress", "pytree"],
+    ["settings"],
     ["plan"],
     ["ops"],
-    ["cost", "settings", "joint"],
+    ["cost", "joint"],
     ["policy"],
     ["policy_files"],
     ["frontends"],
@@ -136,20 +137,19 @@ def test_public_names_exist():
 
 def test_private_names_of_torch_are_still_there():
     """If one of these moves, the comment beside its use says what it was for."""
-    from torch import nn
+    from torch import _dynamo, fx, nn
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         FakeTensor,
         FakeTensorMode,
         UnsupportedOperatorException,
     )
-    from torch.utils import _pytree
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils import _pytree, checkpoint
     from torch.utils.flop_counter import FlopCounterMode
 
     assert issubclass(DataDependentOutputException, RuntimeError)
     assert FakeTensorMode.__module__ == "torch._subclasses.fake_tensor"
-    assert issubclass(nn.BatchNorm2d, nn.modules.batchnorm._NormBase)
-    assert issubclass(nn.Dropout, nn.modules.dropout._DropoutNd)
     assert list(nn.Conv2d(1, 1, 3, padding=1)._reversed_padding_repeated_twice) == [1, 1, 1, 1]
     assert {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"} <= set(
         vars(nn.Linear(1, 1))
@@ -178,6 +178,28 @@ def test_private_names_of_torch_are_still_there():
         getattr(torch._C._dynamo.eval_frame, n) for n in ("_FrameExecStrategy", "_FrameAction")
     )
     assert strategy(action.SKIP, action.DEFAULT).cur_action == action.SKIP
+    assert callable(_dynamo.lookup_backend("eager"))
+    wrapped = torch.compile(nn.Linear(1, 1), backend="eager")
+    assert (type(wrapped).__name__, list(wrapped._modules)) == ("OptimizedModule", ["_orig_mod"])
+    assert "dynamo_ctx" in vars(wrapped)
+    assert issubclass(checkpoint.CheckpointFunction, torch.autograd.Function)
+    free = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(3, 4)).shape[0]
+    assert isinstance(free, torch.SymInt)
+    assert free.node.hint == 3
+    # what graph modules are made of
+    traced = fx.symbolic_trace(nn.Linear(1, 1))
+    assert type(traced).__qualname__.endswith(".GraphModuleImpl")
+    assert traced._graph is traced.graph
+    assert traced._code == traced.code
+    assert type(traced.graph._codegen) is fx.graph.CodeGen
+    assert issubclass(fx.graph._PyTreeCodeGen, fx.graph.CodeGen)
+    assert fx._pytree.tree_flatten_spec((1, [2]), _pytree.tree_structure((0, [0]))) == [1, 2]
+    # what layers compute with
+    assert callable(nn.Conv2d._conv_forward)
+    assert nn.BatchNorm1d(1)._check_input_dim(torch.ones(2, 1)) is None
+    statistics = torch._batch_norm_impl_index(torch.ones(2, 1), *[None] * 4, True, 0.1, 1e-5, False)
+    assert (statistics[1].item(), len(statistics)) == (1, 5)
+    assert isinstance(torch.ops.aten._grouped_mm.default, torch._ops.OpOverload)
 
 
 def test_no_string_is_ever_evaluated():

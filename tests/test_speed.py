@@ -60,7 +60,7 @@ def test_prediction_falls_with_keep():
         with torch.device("meta"):
             model = One(nn.Conv2d(128, 128, 3))
         site = fxprop.layers(model, (torch.empty(8, 128, 28, 28, device="meta"),))[0]
-        return cost.predicted_speedup(site, Sparsity(k, 128, "channel", "l1", "full"))
+        return cost.predicted_speedup(site, Sparsity(k, 128))
 
     speedups = [predicted(k) for k in (4, 32, 64, 127)]
     assert speedups == sorted(speedups, reverse=True)

@@ -7,10 +7,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import wrap_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops.select import Keep, get_score
-from fxprop.plan import BIAS_GRADS, SELECTS, WEIGHT_GRADS, WeightGrad
+from fxprop.settings import CHOICES, WeightGrad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,16 +26,25 @@ def public(function: F) -> F:
     return function
 
 
+def sparse(function: F) -> F:
+    """A public operator that hands itself over where an argument overrides torch's functions.
+
+    So torch.fx records a call of it as one node, as it is written.
+    """
+    overridable: Any = wrap_torch_function(_arguments)(function)
+    operator: F = public(overridable)
+    return operator
+
+
+def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return (*args, *kwargs.values())
+
+
 def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
     """Raise OpError or PolicyError unless `keep` and `weight` are something `op` can use."""
     if isinstance(keep.k, bool) or not isinstance(keep.k, int) or keep.k < 1:
         raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
-    if keep.select not in SELECTS:
-        raise OpError(f"{op}: select={keep.select!r}: expected one of {', '.join(SELECTS)}")
-    if keep.bias_grad not in BIAS_GRADS:
-        raise OpError(f"{op}: bias_grad={keep.bias_grad!r}: expected one of {', '.join(BIAS_GRADS)}")
-    if keep.weight_grad not in WEIGHT_GRADS:
-        raise OpError(f"{op}: weight_grad={keep.weight_grad!r}: expected one of {', '.join(WEIGHT_GRADS)}")
+    check_choices(op, keep)
     get_score(keep.score)
     if getattr(weight, "placements", None) is not None:
         raise OpError(
@@ -49,6 +59,13 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
             f"{op}: weight is {weight.dtype}: complex tensors have no sparse backward; "
             "use the dense operator"
         )
+
+
+def check_choices(op: str, keep: Keep) -> None:
+    """Raise OpError for a keyword that is none of the words it may be."""
+    for name, words in CHOICES.items():
+        if getattr(keep, name) not in words:
+            raise OpError(f"{op}: {name}={getattr(keep, name)!r}: expected one of {', '.join(words)}")
 
 
 def of_all_rows(rows: Tensor, kept: Tensor, weight: Tensor, keep: Keep) -> Tensor:

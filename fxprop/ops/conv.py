@@ -7,16 +7,16 @@ grad_output [N, C_out, *spatial_out].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.ops.chain import upstream_of
-from fxprop.ops.common import autocast, check_keep, needs_backward, public
+from fxprop.ops.common import autocast, check_keep, needs_backward, sparse
 from fxprop.ops.conv_backward import Geometry, SparseConv
 from fxprop.ops.select import Keep
-from fxprop.plan import BiasGrad, Select, WeightGrad
+from fxprop.settings import KeepArgs
 
 IntOrInts = int | Sequence[int]
 
@@ -51,7 +51,7 @@ def resolve_padding(
 
 
 def _convolve(
-    op: Callable[..., Tensor],
+    name: str,
     dense: Callable[..., Tensor],
     dims: int,
     input: Tensor,
@@ -63,20 +63,7 @@ def _convolve(
     groups: int,
     keep: Keep,
 ) -> Tensor:
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(
-            op,
-            (input, weight, bias),
-            input,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            **keep.arguments(),
-        )
-    check_keep(op.__name__, keep, weight)
+    check_keep(name, keep, weight)
     dense_by_k = keep.select == "channel" and keep.k >= _channels_to_select_from(weight, groups)
     if dense_by_k or not needs_backward(input, weight, bias):
         return dense(input, weight, bias, stride, padding, dilation, groups)
@@ -96,7 +83,7 @@ def _channels_to_select_from(weight: Tensor, groups: int) -> int:
     return out_channels if groups == out_channels else out_channels // groups
 
 
-@public
+@sparse
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -105,15 +92,7 @@ def conv1d(
     padding: IntOrInts | str = 0,
     dilation: IntOrInts = 1,
     groups: int = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    weight_grad: WeightGrad = "dense",
-    chained: bool = False,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv1d` whose backward uses only the top-k part of grad_output.
 
@@ -122,20 +101,11 @@ def conv1d(
     input [N, C_in, L] or [C_in, L], weight [C_out, C_in/groups, kL]; dtypes, `select`,
     `score`, `bias_grad`, `weight_grad`, `chained`, errors and sources as in `conv2d`.
     """
-    keep = Keep(
-        k,
-        select,
-        score,
-        bias_grad,
-        sync_selection,
-        score_fraction,
-        weight_grad=weight_grad,
-        chained=chained,
-    )
-    return _convolve(conv1d, F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
+    keep = Keep.given("conv1d", settings)
+    return _convolve("conv1d", F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
-@public
+@sparse
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -144,15 +114,7 @@ def conv2d(
     padding: IntOrInts | str = 0,
     dilation: IntOrInts = 1,
     groups: int = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    weight_grad: WeightGrad = "dense",
-    chained: bool = False,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv2d` whose backward uses only the top-k part of grad_output.
 
@@ -180,20 +142,11 @@ def conv2d(
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,
     section 3.3, applied to output channels ("channel").
     """
-    keep = Keep(
-        k,
-        select,
-        score,
-        bias_grad,
-        sync_selection,
-        score_fraction,
-        weight_grad=weight_grad,
-        chained=chained,
-    )
-    return _convolve(conv2d, F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
+    keep = Keep.given("conv2d", settings)
+    return _convolve("conv2d", F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, keep)
 
 
-@public
+@sparse
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -202,15 +155,7 @@ def conv3d(
     padding: IntOrInts | str = 0,
     dilation: IntOrInts = 1,
     groups: int = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    weight_grad: WeightGrad = "dense",
-    chained: bool = False,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv3d` whose backward uses only the top-k part of grad_output.
 
@@ -219,14 +164,5 @@ def conv3d(
     input [N, C_in, D, H, W] or [C_in, D, H, W], weight [C_out, C_in/groups, kD, kH, kW]; dtypes, `select`,
     `score`, `bias_grad`, `weight_grad`, `chained`, errors and sources as in `conv2d`.
     """
-    keep = Keep(
-        k,
-        select,
-        score,
-        bias_grad,
-        sync_selection,
-        score_fraction,
-        weight_grad=weight_grad,
-        chained=chained,
-    )
-    return _convolve(conv3d, F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)
+    keep = Keep.given("conv3d", settings)
+    return _convolve("conv3d", F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, keep)

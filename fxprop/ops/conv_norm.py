@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops import conv
@@ -16,15 +15,16 @@ from fxprop.ops.common import (
     SparseFunction,
     autocast,
     autocast_device,
+    check_choices,
     check_keep,
     needs_backward,
-    public,
     refuse_double_backward,
+    sparse,
 )
 from fxprop.ops.conv_backward import Geometry, from_kept
 from fxprop.ops.norm_backward import SCORES, NormBackward
 from fxprop.ops.select import Keep, top_channels
-from fxprop.plan import NORM_GRADS, NormGrad, Select, WeightGrad
+from fxprop.settings import KeepArgs
 
 Activation = Literal["relu"]
 
@@ -33,7 +33,7 @@ _CONVS = {1: conv.conv1d, 2: conv.conv2d, 3: conv.conv3d}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-@public
+@sparse
 def conv_batch_norm(
     input: Tensor,
     weight: Tensor,
@@ -45,14 +45,7 @@ def conv_batch_norm(
     dilation: conv.IntOrInts = 1,
     groups: int = 1,
     activation: Activation | None = None,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    norm_grad: NormGrad = "full",
-    weight_grad: WeightGrad = "dense",
-    chained: bool = False,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`norm(conv(input))`, with ReLU after it or not, whose backward computes only the kept channels.
 
@@ -80,36 +73,19 @@ def conv_batch_norm(
     the three are simply called one after the other. Raises OpError
     for arguments it cannot take and on double backward. Sources: 1706.06197, section 3.3; 1502.03167.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction, norm_grad, weight_grad, chained)
+    keep = Keep.given("conv_batch_norm", settings, ("bias_grad",))
     if activation not in (None, "relu"):
         raise OpError(f"conv_batch_norm: activation={activation!r}: expected 'relu' or None")
-    if norm_grad not in NORM_GRADS:
-        raise OpError(f"conv_batch_norm: norm_grad={norm_grad!r}: expected one of {', '.join(NORM_GRADS)}")
-    if has_torch_function((input, weight, bias)):
-        traced: Tensor = handle_torch_function(
-            conv_batch_norm,
-            (input, weight, bias),
-            input,
-            weight,
-            bias,
-            norm,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            activation=activation,
-            **keep.arguments(takes_bias=False, takes_norm=True),
-        )
-        return traced
+    check_choices("conv_batch_norm", keep)
     dims = weight.dim() - 2
     if (
         input.device.type != "cpu"
         or torch.compiler.is_compiling()
         or not _fits(norm, dims)
         or input.dim() != dims + 2
-        or k >= weight.shape[0] // groups
-        or select != "channel"
-        or score not in SCORES
+        or keep.k >= weight.shape[0] // groups
+        or keep.select != "channel"
+        or keep.score not in SCORES
         or groups == weight.shape[0]
         or not needs_backward(input, weight)
     ):

@@ -7,20 +7,23 @@ grad_output [N, C_out, *spatial_out].
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from fxprop.ops.common import autocast, check_keep, needs_backward, public
+from fxprop.ops.common import autocast, check_keep, needs_backward, sparse
 from fxprop.ops.conv import IntOrInts, expand
 from fxprop.ops.conv_backward import Geometry, SparseConv
 from fxprop.ops.select import Keep
-from fxprop.plan import BiasGrad, Select
+from fxprop.settings import KeepArgs
+
+# the kept channels are no rows of the weight
+_WITHOUT = ("norm_grad", "weight_grad", "chained")
 
 
 def _convolve(
-    op: Callable[..., Tensor],
+    name: str,
     dense: Callable[..., Tensor],
     dims: int,
     input: Tensor,
@@ -33,21 +36,7 @@ def _convolve(
     dilation: IntOrInts,
     keep: Keep,
 ) -> Tensor:
-    if has_torch_function((input, weight, bias)):
-        return handle_torch_function(
-            op,
-            (input, weight, bias),
-            input,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            output_padding=output_padding,
-            groups=groups,
-            dilation=dilation,
-            **keep.arguments(),
-        )
-    check_keep(op.__name__, keep, weight)
+    check_keep(name, keep, weight)
     per_group = weight.shape[1]
     to_select_from = groups if per_group == 1 else per_group
     dense_by_k = keep.select == "channel" and keep.k >= to_select_from
@@ -69,7 +58,7 @@ def _convolve(
     return output.squeeze(0) if unbatched else output
 
 
-@public
+@sparse
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -79,13 +68,7 @@ def conv_transpose1d(
     output_padding: IntOrInts = 0,
     groups: int = 1,
     dilation: IntOrInts = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` whose backward uses only the top-k part of grad_output.
 
@@ -95,9 +78,9 @@ def conv_transpose1d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep.given("conv_transpose1d", settings, _WITHOUT)
     return _convolve(
-        conv_transpose1d,
+        "conv_transpose1d",
         F.conv_transpose1d,
         1,
         input,
@@ -112,7 +95,7 @@ def conv_transpose1d(
     )
 
 
-@public
+@sparse
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -122,13 +105,7 @@ def conv_transpose2d(
     output_padding: IntOrInts = 0,
     groups: int = 1,
     dilation: IntOrInts = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d` whose backward uses only the top-k part of grad_output.
 
@@ -138,9 +115,9 @@ def conv_transpose2d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep.given("conv_transpose2d", settings, _WITHOUT)
     return _convolve(
-        conv_transpose2d,
+        "conv_transpose2d",
         F.conv_transpose2d,
         2,
         input,
@@ -155,7 +132,7 @@ def conv_transpose2d(
     )
 
 
-@public
+@sparse
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
@@ -165,13 +142,7 @@ def conv_transpose3d(
     output_padding: IntOrInts = 0,
     groups: int = 1,
     dilation: IntOrInts = 1,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose3d` whose backward uses only the top-k part of grad_output.
 
@@ -181,9 +152,9 @@ def conv_transpose3d(
     `fxprop.ops.conv2d`. "channel" keeps k of the C_out/groups output channels of every group; where that
     is 1, k channels with their groups.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
+    keep = Keep.given("conv_transpose3d", settings, _WITHOUT)
     return _convolve(
-        conv_transpose3d,
+        "conv_transpose3d",
         F.conv_transpose3d,
         3,
         input,

@@ -7,23 +7,22 @@ out_features], offs [experts] the end of each expert's rows.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops.common import (
     SparseFunction,
     check_keep,
     needs_backward,
-    public,
     refuse_double_backward,
+    sparse,
 )
 from fxprop.ops.select import RANDOM, Keep, channel_scores, mask_elements, summed_over_processes
-from fxprop.plan import Select
+from fxprop.settings import KeepArgs
 
 # the kernels want rows that start at multiples of 16 bytes
 _ALIGNMENT = 16
@@ -117,17 +116,13 @@ def _pad(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % width))
 
 
-@public
+@sparse
 def grouped_mm(
     mat_a: Tensor,
     mat_b: Tensor,
     *,
     offs: Tensor,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.grouped_mm` whose backward uses only the top-k part of grad_output.
 
@@ -145,20 +140,14 @@ def grouped_mm(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
-    tensors = (mat_a, mat_b, offs)
-    if has_torch_function(tensors):
-        traced: Tensor = handle_torch_function(
-            grouped_mm, tensors, mat_a, mat_b, offs=offs, **keep.arguments()
-        )
-        return traced
+    keep = Keep.given("grouped_mm", settings, ("bias_grad", "norm_grad", "weight_grad", "chained"))
     check_keep("grouped_mm", keep, mat_b)
     if mat_a.dim() != 2 or mat_b.dim() != 3:
         raise OpError(
             f"grouped_mm of {list(mat_a.shape)} and {list(mat_b.shape)}: expected [rows, in_features] "
             "and [experts, in_features, out_features]; use the dense operator"
         )
-    if k >= mat_b.shape[2] or not needs_backward(mat_a, mat_b):
+    if keep.k >= mat_b.shape[2] or not needs_backward(mat_a, mat_b):
         return F.grouped_mm(mat_a, mat_b, offs=offs)
     output: Tensor = _SparseGroupedMM.apply(mat_a, mat_b, offs, keep)
     return output

@@ -5,12 +5,11 @@ Layouts: input [*, in_features], weight [out_features, in_features], grad_output
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.ops.common import (
     SparseFunction,
@@ -19,11 +18,11 @@ from fxprop.ops.common import (
     check_keep,
     needs_backward,
     of_all_rows,
-    public,
     refuse_double_backward,
+    sparse,
 )
 from fxprop.ops.select import Keep, mask_elements, select_channels, take_features
-from fxprop.plan import BiasGrad, Select, WeightGrad
+from fxprop.settings import KeepArgs
 
 
 def dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,19 +107,12 @@ def _products(
     )
 
 
-@public
+@sparse
 def linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    weight_grad: WeightGrad = "dense",
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.nn.functional.linear` whose backward uses only the top-k part of grad_output.
 
@@ -143,19 +135,14 @@ def linear(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
-    if has_torch_function((input, weight, bias)):
-        traced: Tensor = handle_torch_function(
-            linear, (input, weight, bias), input, weight, bias, **keep.arguments()
-        )
-        return traced
+    keep = Keep.given("linear", settings, ("norm_grad", "chained"))
     check_keep("linear", keep, weight)
     # the rows of a nested tensor lie one after the other; which of its sizes is ragged has no public name
     if getattr(input, "_ragged_idx", None) == 1:
         nested: Any = input
         values = linear(nested.values(), weight, bias, **keep.arguments())
         return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
-    if k >= weight.shape[0] or not needs_backward(input, weight, bias):
+    if keep.k >= weight.shape[0] or not needs_backward(input, weight, bias):
         return F.linear(input, weight, bias)
     input, weight, bias = autocast(input, weight, bias, keep.weight_grad)
     output: Tensor = _SparseLinear.apply(input, weight, bias, keep)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops import fused
@@ -19,8 +18,8 @@ from fxprop.ops.common import (
     autocast_device,
     check_keep,
     needs_backward,
-    public,
     refuse_double_backward,
+    sparse,
 )
 from fxprop.ops.linear import dense_forward, from_kept, linear
 from fxprop.ops.norm_backward import SCORES
@@ -33,7 +32,8 @@ from fxprop.ops.select import (
     top_channels,
     wide,
 )
-from fxprop.plan import Activation, BiasGrad, Select, WeightGrad
+from fxprop.plan import Activation
+from fxprop.settings import KeepArgs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -55,20 +55,14 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@public
+@sparse
 def linear_activation(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     activation: Activation,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
-    weight_grad: WeightGrad = "dense",
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`activation(linear(input, weight, bias))`, whose backward computes only the kept features.
 
@@ -87,28 +81,17 @@ def linear_activation(
     torch.compile, which fuses by itself, call the two one after the other. Raises OpError for arguments
     it cannot take and on double backward. Source: 1706.06197, section 3.3.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction, weight_grad=weight_grad)
+    keep = Keep.given("linear_activation", settings, ("norm_grad", "chained"))
     if activation not in ACTIVATIONS:
         raise OpError(
             f"linear_activation: activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
         )
-    if has_torch_function((input, weight, bias)):
-        traced: Tensor = handle_torch_function(
-            linear_activation,
-            (input, weight, bias),
-            input,
-            weight,
-            bias,
-            activation=activation,
-            **keep.arguments(),
-        )
-        return traced
     if (
         input.device.type != "cpu"
         or torch.compiler.is_compiling()
-        or k >= weight.shape[0]
-        or select != "channel"
-        or score not in SCORES
+        or keep.k >= weight.shape[0]
+        or keep.select != "channel"
+        or keep.score not in SCORES
         or not needs_backward(input, weight, bias)
     ):
         return ACTIVATIONS[activation](linear(input, weight, bias, **keep.arguments()))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import OpError
 from fxprop.ops.common import (
@@ -22,11 +21,14 @@ from fxprop.ops.common import (
     autocast_device,
     check_keep,
     needs_backward,
-    public,
     refuse_double_backward,
+    sparse,
 )
 from fxprop.ops.select import Keep, channel_scores, mask_elements
-from fxprop.plan import BiasGrad, Select
+from fxprop.settings import KeepArgs
+
+# keywords that no product has
+_WITHOUT = ("norm_grad", "weight_grad", "chained")
 
 # which operand is the weight
 WeightSide = Literal["left", "right"]
@@ -263,17 +265,13 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None, form: _Form, keep: 
     return output
 
 
-@public
+@sparse
 def matmul(
     input: Tensor,
     other: Tensor,
     *,
     weight: WeightSide = "right",
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.matmul` (also mm, bmm and @) whose backward uses only the top-k part of grad_output.
 
@@ -289,17 +287,12 @@ def matmul(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
-    if has_torch_function((input, other)):
-        traced: Tensor = handle_torch_function(
-            matmul, (input, other), input, other, weight=weight, **keep.arguments()
-        )
-        return traced
+    keep = Keep.given("matmul", settings, (*_WITHOUT, "bias_grad"))
     x, w = (input, other) if weight == "right" else (other, input)
     return _run(x, w, None, _Form("matmul", weight, matmul_indices(x.dim(), w.dim(), weight)), keep)
 
 
-@public
+@sparse
 def addmm(
     input: Tensor,
     mat1: Tensor,
@@ -307,12 +300,7 @@ def addmm(
     *,
     beta: float = 1,
     alpha: float = 1,
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    bias_grad: BiasGrad = "full",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.addmm` whose backward uses only the top-k part of grad_output; `mat2` is the weight.
 
@@ -321,27 +309,17 @@ def addmm(
     The gradient of `input`, the bias, is that of all of grad_output, or with bias_grad="selected" of
     what was kept. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, bias_grad, sync_selection, score_fraction)
-    tensors = (input, mat1, mat2)
-    if has_torch_function(tensors):
-        traced: Tensor = handle_torch_function(
-            addmm, tensors, *tensors, beta=beta, alpha=alpha, **keep.arguments()
-        )
-        return traced
+    keep = Keep.given("addmm", settings, _WITHOUT)
     form = _Form("addmm", "right", Indices("ri", "if", "rf"), beta=beta, alpha=alpha)
     return _run(mat1, mat2, input, form, keep)
 
 
-@public
+@sparse
 def einsum(
     equation: str,
     *operands: Tensor,
     weight: WeightSide = "right",
-    k: int,
-    select: Select = "channel",
-    score: str = "l1",
-    sync_selection: bool = False,
-    score_fraction: float = 1.0,
+    **settings: Unpack[KeepArgs],
 ) -> Tensor:
     """`torch.einsum` of two operands whose backward uses only the top-k part of grad_output.
 
@@ -350,12 +328,7 @@ def einsum(
     `equation` names every index (no ellipsis); those of the weight and the output alone are the output
     features. The rest as in `matmul`.
     """
-    keep = Keep(k, select, score, "full", sync_selection, score_fraction)
-    if has_torch_function(operands):
-        traced: Tensor = handle_torch_function(
-            einsum, operands, equation, *operands, weight=weight, **keep.arguments()
-        )
-        return traced
+    keep = Keep.given("einsum", settings, (*_WITHOUT, "bias_grad"))
     indices = einsum_indices(equation, weight) if len(operands) == 2 else None
     if indices is None:
         raise OpError(

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from fxprop import settings
 from fxprop.errors import OpError, PolicyError
-from fxprop.plan import BiasGrad, NormGrad, Select, Sparsity, WeightGrad
+from fxprop.plan import Sparsity
+from fxprop.settings import BiasGrad, KeepArgs, NormGrad, Select, WeightGrad
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
 Score = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -26,8 +28,8 @@ class Keep(NamedTuple):
     """The sparsity of one call: constants that travel beside the tensors."""
 
     k: int
-    select: Select
-    score: str
+    select: Select = "channel"
+    score: str = "l1"
     bias_grad: BiasGrad = "full"
     sync_selection: bool = False
     score_fraction: float = 1.0
@@ -36,37 +38,33 @@ class Keep(NamedTuple):
     chained: bool = False
 
     @classmethod
+    def given(cls, op: str, keep: KeepArgs, without: tuple[str, ...] = ("norm_grad",)) -> Keep:
+        """What a call of `op` says; TypeError, as of any function, for keywords that it does not have."""
+        for name in without:
+            if name in keep:
+                raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+        if "k" not in keep:
+            raise TypeError(f"{op}() missing 1 required keyword-only argument: 'k'")
+        return cls(**keep)
+
+    @classmethod
     def of(cls, sparsity: Sparsity) -> Keep:
         """What a plan says of one site."""
-        return cls(
-            sparsity.k,
-            sparsity.select,
-            sparsity.score,
-            sparsity.bias,
-            sparsity.sync_selection,
-            sparsity.score_fraction,
-            sparsity.norm_grad,
-            sparsity.weight_grad,
-            sparsity.chain is not None,
-        )
+        chained = sparsity.chain is not None
+        return cls(sparsity.k, **dict(settings.keywords(sparsity)), chained=chained)
 
     def arguments(self, takes_bias: bool = True, takes_norm: bool = False) -> dict[str, Any]:
         """As keywords of a call, without the defaults that generated code leaves out."""
-        keywords = self._asdict()
-        if not takes_bias or self.bias_grad == "full":
-            del keywords["bias_grad"]
-        if not self.sync_selection:
-            del keywords["sync_selection"]
-        if self.score_fraction == 1:
-            del keywords["score_fraction"]
-        if not takes_norm or self.norm_grad == "full":
-            del keywords["norm_grad"]
-        if self.weight_grad == "dense":
-            del keywords["weight_grad"]
-        if not self.chained:
-            del keywords["chained"]
-        return keywords
+        taken = {"bias_grad": takes_bias, "norm_grad": takes_norm}
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if taken.get(name, True) and (name in _ALWAYS or value != _DEFAULTS[name])
+        }
 
+
+_ALWAYS = ("k", "select", "score")
+_DEFAULTS = {**settings.defaults(), "chained": False}
 
 # entries that stay in a core's cache between two passes over them
 _CACHED = 2**18

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from fxprop import settings
 from fxprop.errors import PolicyError
 from fxprop.policy import Rule
 from fxprop.recipe import recipe_of
-from fxprop.settings import check_keep
 from fxprop.train.keep import put_in_force, unwrapped
 from fxprop.train.schedules import Schedule
 
@@ -94,7 +94,7 @@ class KeepScheduler:
         found = []
         for name, schedule in self._schedules.items():
             keep = schedule(step)
-            check_keep(keep, f"schedule at step {step}")
+            settings.check("keep", keep, f"schedule at step {step}")
             found.append(_nearest(keep, self._levels[name]))
         return found
 
@@ -115,7 +115,7 @@ def _levels(schedule: Schedule, levels: int | Sequence[float] | None) -> tuple[f
         return None
     if not isinstance(levels, int):
         for level in levels:
-            check_keep(level, "levels")
+            settings.check("keep", level, "levels")
         if not levels:
             raise PolicyError("levels is empty: give the keep ratios, their number, or None for no bound")
         return tuple(levels)

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from fxprop import settings
 from fxprop.errors import PolicyError
-from fxprop.settings import check_keep
 
 
 class Schedule(Protocol):
@@ -32,7 +32,7 @@ class Constant:
     keep: float
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, "Constant")
+        settings.check("keep", self.keep, "Constant")
 
     def __call__(self, step: int) -> float:
         return self.keep
@@ -51,8 +51,8 @@ class _FromTo:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_keep(self.start, f"{name}: start")
-        check_keep(self.end, f"{name}: end")
+        settings.check("keep", self.start, f"{name}: start")
+        settings.check("keep", self.end, f"{name}: end")
         _check_count(self.steps, f"{name}: steps")
 
     def _done(self, step: int) -> float:
@@ -100,8 +100,8 @@ class Step:
     lowest: float
 
     def __post_init__(self) -> None:
-        check_keep(self.start, "Step: start")
-        check_keep(self.lowest, "Step: lowest")
+        settings.check("keep", self.start, "Step: start")
+        settings.check("keep", self.lowest, "Step: lowest")
         _check_count(self.every, "Step: every")
         if not 0 < self.gamma < 1:
             raise PolicyError(f"Step: gamma={self.gamma!r}: expected a number between 0 and 1")
