@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprop.frontends.hooks import hooks_of
 from fxprop.graph.site import Context
 from fxprop.ops.conv_norm import NORMS
 from fxprop.plan import Activation, Region, Site
@@ -55,13 +56,7 @@ def _is_plain(context: Context, node: fx.Node, classes: tuple[type[nn.Module], .
     if node.op != "call_module" or context.name(str(node.target)) in context.reasons:
         return False
     module = context.module.get_submodule(str(node.target))
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) in classes and not any(hooks) and "forward" not in vars(module)
+    return type(module) in classes and not hooks_of(module) and "forward" not in vars(module)
 
 
 def _activation(context: Context, node: fx.Node) -> Activation | None:

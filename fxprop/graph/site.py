@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fxprop.frontends.hooks import hooks_of
 from fxprop.frontends.record import USED, GraphCall, TensorInfo, tensor_info
 from fxprop.ops.sizes import sizes
 from fxprop.plan import Call, Site
@@ -91,7 +92,7 @@ def _is_parameter(module: nn.Module, target: str) -> bool:
     owner, attribute = _owner(module, target)
     tensor = _lookup(module, target)
     # hooks such as weight_norm's put a computed weight where the parameter was
-    hooked = bool(owner._forward_pre_hooks) and attribute in vars(owner)
+    hooked = "forward_pre_hooks" in hooks_of(owner) and attribute in vars(owner)
     computed = isinstance(tensor, torch.Tensor) and (tensor.requires_grad or hooked)
     return isinstance(tensor, nn.Parameter) or computed or parametrize.is_parametrized(owner, attribute)
 
