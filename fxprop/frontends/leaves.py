@@ -61,7 +61,7 @@ def unsafe(module: nn.Module) -> str | None:
             f"the module has {', '.join(hooks)}, which a function call would not run "
             "(weight_norm and spectral_norm: use torch.nn.utils.parametrizations)"
         )
-    if any(is_lazy(p) for p in vars(module)["_parameters"].values() if p is not None):
+    if any(map(is_lazy, own_parameters(module).values())):
         return "a lazy module without parameters yet: run the model once on real inputs first"
     return None
 
@@ -85,3 +85,9 @@ def is_users(function: Any) -> bool:
         return True  # holds products of its own, as users' functions may
     known = ("", "torch", "_operator", "operator", "builtins", "math", "collections", "fxprop")
     return package not in known
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `module` holds itself, not those of modules in it, by their names there."""
+    # nn.Module's own: what users put in its place may take less, or give other names
+    return dict(nn.Module.named_parameters(module, recurse=False, remove_duplicate=False))
+
+

@@ -21,7 +21,14 @@ from fxprop.frontends.agreement import disagreements
 from fxprop.frontends.attention import TraceableAttention, is_attention
 from fxprop.frontends.export import trace_exported
 from fxprop.frontends.hooks import preserved
-from fxprop.frontends.leaves import IS_MODULE, holds_matrices, is_dense, is_readable, is_users
+from fxprop.frontends.leaves import (
+    IS_MODULE,
+    holds_matrices,
+    is_dense,
+    is_readable,
+    is_users,
+    own_parameters,
+)
 from fxprop.frontends.module import TracedModule, name_in_the_way
 from fxprop.frontends.observe import CallPattern, Observation, observe
 from fxprop.frontends.reach import Reach
@@ -322,7 +329,7 @@ def _takes_matrix(module: nn.Module, node: fx.Node) -> bool:
     for input_ in node.all_input_nodes:
         if input_.op == "get_attr":
             path, _, name = str(input_.target).rpartition(".")
-            parameter = vars(module.get_submodule(path))["_parameters"].get(name)
+            parameter = own_parameters(module.get_submodule(path)).get(name)
             if parameter is not None and parameter.dim() >= 2:
                 return True
     return False

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxprop.frontends.hooks import hooks_of
+from fxprop.frontends.leaves import own_parameters
 from fxprop.frontends.record import USED, GraphCall, TensorInfo, tensor_info
 from fxprop.ops.sizes import sizes
 from fxprop.plan import Call, Site
@@ -84,8 +85,8 @@ def _owner(module: nn.Module, target: str) -> tuple[nn.Module, str]:
 def _lookup(module: nn.Module, target: str) -> Any:
     """The attribute, if it is stored: a property is left alone, as evaluating it may have effects."""
     owner, attribute = _owner(module, target)
-    tensors = {**vars(owner), **vars(owner)["_parameters"], **vars(owner)["_buffers"]}
-    return tensors.get(attribute)
+    buffers = nn.Module.named_buffers(owner, recurse=False, remove_duplicate=False)
+    return {**vars(owner), **own_parameters(owner), **dict(buffers)}.get(attribute)
 
 
 def _is_parameter(module: nn.Module, target: str) -> bool:
@@ -107,8 +108,7 @@ def own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
         lists = module.parametrizations
         assert isinstance(lists, nn.ModuleDict)
         return max(lists[name].parameters(recurse=False), key=torch.numel, default=None)
-    parameter = vars(module)["_parameters"].get(name)
-    return parameter if isinstance(parameter, torch.Tensor) else None
+    return own_parameters(module).get(name)
 
 
 def with_shapes(site: Site, context: Context, node: fx.Node, call: Call, weight: TensorInfo | None) -> Site:
