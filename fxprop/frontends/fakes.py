@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 from fxprop.errors import InputError
 from fxprop.frontends.compiled import uncompile
 from fxprop.frontends.generated import set_mode
+from fxprop.frontends.leaves import NORMS_WITH_STATISTICS
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.tensors import Made, storage_of
 from fxprop.frontends.tree import copy_tree
@@ -223,7 +224,7 @@ def without_data_dependence(module: nn.Module) -> None:
     """Settle what would make a module read the value of a tensor."""
     # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.momentum is None:
+        if isinstance(norm, NORMS_WITH_STATISTICS) and norm.momentum is None:
             norm.momentum = 0.1
 
 

@@ -40,6 +40,18 @@ DENSE_MODULES: dict[type[nn.Module], str] = {
 }
 
 
+# what a trace keeps as one call besides; by name, as the classes that they have in common are private
+NORMS_WITH_STATISTICS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+NORMS = (*NORMS_WITH_STATISTICS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+DROPOUTS: tuple[type[nn.Module], ...] = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
 def is_readable(module: nn.Module) -> bool:
     """Whether a call of `module` can be read as a site as it stands."""
     if isinstance(module, registered_classes()):

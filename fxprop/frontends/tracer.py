@@ -24,15 +24,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
-from fxprop.frontends.leaves import SITE_MODULES
+from fxprop.frontends.leaves import DROPOUTS, NORMS, SITE_MODULES
 from fxprop.frontends.source import first_line, users_stack
 from fxprop.frontends.untouched import AUTOCAST
 from fxprop.ops.table import registered_classes
 
 # module types, or qualified names, that are kept as one call
 LeafModules = Collection[type[nn.Module] | str]
-
-_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @fx.has_side_effect
@@ -117,7 +115,7 @@ class SiteTracer(fx.Tracer):
             m, module_qualified_name
         ):
             return True
-        if isinstance(m, (*_NORM_MODULES, nn.modules.dropout._DropoutNd)):
+        if isinstance(m, (*NORMS, *DROPOUTS)):
             return True
         return not _holds_weights(m) and _depends_on_mode(m)
 
