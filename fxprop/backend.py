@@ -89,10 +89,11 @@ class Backend:
 def _lookup(inner: Inner) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     if callable(inner):
         return inner
-    from torch import _dynamo as dynamo  # slow to import, and only needed here
-
-    known = dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if inner not in known:
         raise ModelError(f"inner={inner!r}: expected a callable or one of {', '.join(known)}")
+    # slow to import, and only needed here; torch has no public way from a name to a backend
+    from torch import _dynamo as dynamo
+
     found: Callable[..., Callable[..., Any]] = dynamo.lookup_backend(inner)
     return found

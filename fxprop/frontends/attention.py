@@ -44,7 +44,7 @@ def forward(
         module.in_proj_bias,
         module.out_proj.weight,
         module.out_proj.bias,
-        separate=None if module._qkv_same_embed_dim else separate,
+        separate=separate if module.in_proj_weight is None else None,
         batch_first=module.batch_first,
         key_padding_mask=key_padding_mask,
         attn_mask=attn_mask,
