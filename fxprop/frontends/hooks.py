@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,13 @@ def hooks_of(module: nn.Module) -> list[str]:
 def registries(module: nn.Module) -> dict[str, Mapping[int, Any]]:
     """The dictionaries in which `module` keeps its hooks, by their kind."""
     return {kind: getattr(module, kind) for kind in _KINDS}
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether torch's `fully_shard` was put on `module`, whose hooks then gather its parameters."""
+    # not imported, which takes a second: whoever has such a module has imported it
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> frozenset[str]:

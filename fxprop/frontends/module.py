@@ -29,7 +29,7 @@ from fxprop.frontends.generated import (
     make_class,
     sibling,
 )
-from fxprop.frontends.hooks import uncalled
+from fxprop.frontends.hooks import is_fully_sharded, uncalled
 from fxprop.frontends.objects import slot_values
 from fxprop.frontends.stored import Graphs, HeldGraphs, copy_graphs
 
@@ -276,8 +276,7 @@ class TracedModule(fx.GraphModule):
             f"hooks on {', '.join(hooked)} do not run: the transformed graph does not call them as "
             "modules. Pass preserve_modules=[...] with their names to fxprop.transform"
         )
-        classes = {base.__name__ for name in hooked for base in type(self.get_submodule(name)).__mro__}
-        if "FSDPModule" in classes:
+        if any(is_fully_sharded(self.get_submodule(name)) for name in hooked):
             raise ModelError(f"fully_shard: {what}.")
         self._fx_warns_of_hooks = False
         warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)
