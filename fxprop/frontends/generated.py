@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
+# the name by which fx knows the classes that it makes; private, but fx looks for no other mark
+_MADE_BY_FX = "GraphModuleImpl"
+
 
 def make_class(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
     """A new class for one module, unseen by registries that metaclasses of its bases keep.
@@ -20,6 +23,11 @@ def make_class(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -
     return maker.__new__(metaclass, name, bases, attributes)
 
 
+def make_fx_class(name: str, bases: tuple[type, ...]) -> Any:
+    """A new class that fx takes for one that it made for one module."""
+    return make_class(name, bases, {"__qualname__": _MADE_BY_FX})
+
+
 def set_mode(module: nn.Module, training: bool) -> None:
     """Put `module` in a mode by its own methods, which may do more."""
     module.train() if training else module.eval()
@@ -27,7 +35,7 @@ def set_mode(module: nn.Module, training: bool) -> None:
 
 def is_generated(cls: type) -> bool:
     """Whether fx made `cls` for one module."""
-    return cls.__qualname__.rpartition(".")[2] == "GraphModuleImpl"
+    return cls.__qualname__.rpartition(".")[2] == _MADE_BY_FX
 
 
 def generated_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -38,9 +46,7 @@ def generated_class(cls: type[nn.Module]) -> type[nn.Module]:
 def sibling(cls: type[nn.Module]) -> type[nn.Module]:
     """Another class for the code of another graph of the same module."""
     generated = generated_class(cls)
-    made: type[nn.Module] = make_class(
-        generated.__name__, generated.__bases__, {"__qualname__": "GraphModuleImpl"}
-    )
+    made: type[nn.Module] = make_fx_class(generated.__name__, generated.__bases__)
     return made
 
 

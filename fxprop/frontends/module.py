@@ -26,7 +26,7 @@ from fxprop.frontends.generated import (
     generated_class,
     imports_of,
     in_place_of,
-    make_class,
+    make_fx_class,
     sibling,
 )
 from fxprop.frontends.hooks import is_fully_sharded, uncalled
@@ -104,10 +104,9 @@ class TracedModule(fx.GraphModule):
         base = nn.Module if isinstance(module, fx.GraphModule) else type(module)
         blank = fx.GraphModule(nn.Module(), fx.Graph())
         module.__dict__.update({key: vars(blank)[key] for key in _GRAPH_MODULE})
-        # the name by which fx knows a class made for one module
         bases = (cls,) if base is nn.Module else (cls, base)
         name = class_name or type(module).__name__
-        impl = make_class(name, bases, {"__qualname__": "GraphModuleImpl"})
+        impl = make_fx_class(name, bases)
         module.__class__ = impl
         assert isinstance(module, TracedModule)
         module._fx_base, module._fx_original = base, original
@@ -394,5 +393,5 @@ def name_in_the_way(module: nn.Module) -> str | None:
 
 def _blank(base: type[nn.Module], class_name: str) -> TracedModule:
     bases = (TracedModule,) if base is nn.Module else (TracedModule, base)
-    made: TracedModule = object.__new__(make_class(class_name, bases, {"__qualname__": "GraphModuleImpl"}))
+    made: TracedModule = object.__new__(make_fx_class(class_name, bases))
     return made
