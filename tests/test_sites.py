@@ -267,6 +267,16 @@ def test_every_padding_of_a_module(mode, padding, unbatched):
     gm(x).sum().backward()
 
 
+def test_padding_that_was_changed_later_is_read_where_torch_reads_it():
+    """nn.Conv2d pads by hand with numbers noted when it was made."""
+    conv = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")
+    conv.padding = (2, 2)
+    model, x = nn.Sequential(conv, nn.Conv2d(6, 2, 1)), torch.randn(2, 3, 8, 9)
+    gm, report = fxprop.transform(model, 0.5, (x,))
+    assert report.layers[0].status == "rewritten"
+    assert torch.equal(gm(x), model(x))
+
+
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 4), (2, 3, 4), (2, 3, 5, 4)])
 def test_linear_of_any_rank(shape):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))

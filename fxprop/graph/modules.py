@@ -106,7 +106,8 @@ def _constants(
     mode = getattr(module, "padding_mode", "zeros")
     if mode == "zeros":
         return constants, None
-    # as nn.Conv*d._conv_forward: pad by hand, then convolve without padding
+    # as nn.Conv*d._conv_forward: pad by hand, then convolve without padding. By the numbers that it keeps
+    # for that, though they are private: it does not look at `module.padding`, which may be another by now
     pad: list[int] = vars(module)["_reversed_padding_repeated_twice"]
     constants["padding"] = (0,) * len(constants["stride"])
     return constants, (tuple(pad), str(mode))
