@@ -99,6 +99,7 @@ class Twin:
             state = stack.enter_context(untouched(self.root, self.args, self.kwargs))
             stack.enter_context(self.mode or contextlib.nullcontext())
             stack.enter_context(torch.enable_grad())
+            # a private class, by which alone checkpoint() reaches the function
             stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _VisibleCheckpoint))
             yield state
 
@@ -147,7 +148,8 @@ class Twin:
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:
-    # a size that is free has the value it was seen with; int() would fix it for the graph
+    # a size that is free has the value it was seen with; int() would fix it for the graph, and torch has
+    # no public way to see the value
     return [s if isinstance(s, int) else int(s.node.hint) for s in sizes]
 
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from fxprop.errors import TraceError
 
-_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # private, but there is no public way to see hooks, and a call that skips them computes something else
+_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def hooks_of(module: nn.Module) -> list[str]:

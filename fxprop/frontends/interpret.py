@@ -47,7 +47,8 @@ class GraphRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # keyed by placeholder: fx's own argument handling would drop keyword-only names
         nodes = [node for node in self._graph.nodes if node.op == "placeholder"]
-        # exported graphs take their inputs flattened; fx keeps how in its code generator
+        # exported graphs take their inputs flattened; fx keeps how in its code generator, which is private:
+        # the public `process_inputs` would drop keyword arguments
         codegen: Any = self._graph._codegen
         is_pytree = isinstance(codegen, fx.graph._PyTreeCodeGen)
         if is_pytree:

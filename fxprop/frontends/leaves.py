@@ -88,6 +88,12 @@ def holds_matrices(module: nn.Module) -> bool:
     return any(p.dim() >= 2 or is_lazy(p) for p in module.parameters())
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `module` holds itself, not those of modules in it, by their names there."""
+    # nn.Module's own: what users put in its place may take less, or give other names
+    return dict(nn.Module.named_parameters(module, recurse=False, remove_duplicate=False))
+
+
 def is_users(function: Any) -> bool:
     """Whether a function comes from outside torch and Python, as those marked with torch.fx.wrap do."""
     package = (getattr(function, "__module__", None) or "").partition(".")[0]
@@ -97,9 +103,3 @@ def is_users(function: Any) -> bool:
         return True  # holds products of its own, as users' functions may
     known = ("", "torch", "_operator", "operator", "builtins", "math", "collections", "fxprop")
     return package not in known
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that `module` holds itself, not those of modules in it, by their names there."""
-    # nn.Module's own: what users put in its place may take less, or give other names
-    return dict(nn.Module.named_parameters(module, recurse=False, remove_duplicate=False))
-
-

@@ -198,6 +198,7 @@ class TracedModule(fx.GraphModule):
         and code by its code object, and knows both again when a graph comes back.
         """
         if graph in self._fx_generated:
+            # private: setting the public `graph` would generate the code anew, on another code object
             self._graph = graph
             self._code, generated = self._fx_generated[graph]
             self.__class__ = in_place_of(type(self), generated)  # type: ignore[assignment]
