@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 from fxprop.errors import OpError
@@ -46,7 +47,7 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
         raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
     check_choices(op, keep)
     get_score(keep.score)
-    if getattr(weight, "placements", None) is not None:
+    if type(weight) not in (Tensor, nn.Parameter) and _is_distributed(weight):
         raise OpError(
             f"{op}: weight is a {type(weight).__name__}, spread over processes, and a sparse backward "
             "needs the whole of it. For fully_shard: name the modules that it is put on in "
@@ -59,6 +60,12 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
             f"{op}: weight is {weight.dtype}: complex tensors have no sparse backward; "
             "use the dense operator"
         )
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    # not imported, which takes a second: whoever has such a tensor has imported it
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def check_choices(op: str, keep: Keep) -> None:
