@@ -40,12 +40,14 @@ class Keep(NamedTuple):
     @classmethod
     def given(cls, op: str, keep: KeepArgs, without: tuple[str, ...] = ("norm_grad",)) -> Keep:
         """What a call of `op` says; TypeError, as of any function, for keywords that it does not have."""
-        for name in without:
-            if name in keep:
+        for name in keep:
+            if name in without or name not in cls._fields:
                 raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
         if "k" not in keep:
             raise TypeError(f"{op}() missing 1 required keyword-only argument: 'k'")
-        return cls(**keep)
+        # by position, as torch.compile wants it
+        others: list[Any] = [keep.get(name, default) for name, default in _DEFAULTS.items()]
+        return cls(keep["k"], *others)
 
     @classmethod
     def of(cls, sparsity: Sparsity) -> Keep:
@@ -64,7 +66,7 @@ class Keep(NamedTuple):
 
 
 _ALWAYS = ("k", "select", "score")
-_DEFAULTS = {**settings.defaults(), "chained": False}
+_DEFAULTS: dict[str, Any] = {name: Keep._field_defaults[name] for name in Keep._fields[1:]}
 
 # entries that stay in a core's cache between two passes over them
 _CACHED = 2**18
