@@ -117,14 +117,15 @@ class Recording:
         self._place = ""
         # records whose requires_grad is settled when the run is done: (record, key, function)
         self.watch = Watch(self._twin, self._called, self._product)
-        self._recorded: list[str] = []
+        # not by path: a switch of modes may take a module out of the model
+        self._recorded: list[TracedModule] = []
         for path in traced.pieces:
             piece = self._twin.root.get_submodule(path)
             assert isinstance(piece, TracedModule)
             graph = traced.pieces[path].fx_graphs.get(training)
             if graph is not None:
                 piece.__dict__["forward"] = GraphRecorder(self, path, piece, graph)
-                self._recorded.append(path)
+                self._recorded.append(piece)
 
     def run(self, *, backward: bool = True) -> Run:
         """Run it; see `run_traced`."""
@@ -134,9 +135,9 @@ class Recording:
                 outputs = self._forward()
             run.forward_flops = forward.total
             self._note_used()
-            for path in self._recorded:
+            for piece in self._recorded:
                 # what is computed again in the backward is no other call
-                del vars(twin.root.get_submodule(path))["forward"]
+                del vars(piece)["forward"]
             losses = [t for t in _tensors(outputs) if t.requires_grad]
             self._number_all([self.function(t) for t in losses])
             required = [tensor for tensor in twin.required if tensor.requires_grad]
