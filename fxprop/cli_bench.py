@@ -11,7 +11,6 @@ from typing import Any
 import shtab
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxprop.cli_options import (
     add_model_options,
@@ -26,6 +25,7 @@ from fxprop.cli_options import (
 )
 from fxprop.errors import CommandError
 from fxprop.policy import Policy
+from fxprop.pytree import tree_map
 from fxprop.train.measure import measure
 from fxprop.train.measurement import Measurement
 from fxprop.train.plot import plot
@@ -102,11 +102,11 @@ def _measure(
         value = value.to(device)
         return value.to(memory_format=layout) if value.dim() == 4 else value
 
-    kwargs = pytree.tree_map(placed, rest.pop("example_kwargs"))
+    kwargs = tree_map(placed, rest.pop("example_kwargs"))
     measurement = measure(
         model,
         policies,
-        pytree.tree_map(placed, inputs),
+        tree_map(placed, inputs),
         example_kwargs=kwargs,
         rounds=args.rounds,
         compile=args.compile,

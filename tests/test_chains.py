@@ -112,7 +112,7 @@ def test_report_counts_what_is_executed():
     # 2 of 8 examples whole, 4 of 16 channels of the others
     assert conv2.executed.grad_input == conv2.executed.grad_weight * (2 + 6 * 4 / 16) / 8
     assert "for conv1" in report.to_text(width=200)
-    assert "Chains: 2 layers compute those channels" in str(report)
+    assert "Chains: 2 layers compute their input's gradient only in the channels" in str(report)
 
 
 def test_chains_need_a_partial_reader_and_a_single_one():

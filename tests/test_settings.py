@@ -114,5 +114,13 @@ def test_of_single_entries_nothing_is_summed_or_scored_in_part():
     assert "weight_grad='row_sparse': single entries are no rows" in of["a"]
 
 
+def test_the_report_counts_what_is_left_out():
+    policy = fxprop.Policy(keep=0.5, when="always", weight_grad="row_sparse")
+    report = fxprop.estimate(Net(), policy, (torch.randn(4, 8),))
+    why = "weight_grad='row_sparse': what is kept are no rows of a parameter"
+    assert f"Left out at 1 layers, {why}." in str(report)
+    assert [layer["left_out"] for layer in report.to_dict()["layers"]] == [[], [why], []]
+
+
 def test_what_is_set_to_its_default_is_not_told():
     assert all("left out" not in text for text in left_out().values())

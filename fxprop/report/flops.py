@@ -71,6 +71,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         region=decision.region.label if decision.region else None,
         weight_grad=sparsity.weight_grad if sparsity else None,
         chain=sparsity.chain.upstream if sparsity and sparsity.chain else None,
+        left_out=decision.dropped,
     )
     if not counted:
         return layer

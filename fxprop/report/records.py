@@ -59,6 +59,8 @@ class Layer:
     weight_grad: WeightGrad | None = None
     # the layer upstream that reads only a part of grad_input, which is all that is computed
     chain: str | None = None
+    # settings that have no meaning at the layer, and why
+    left_out: tuple[str, ...] = ()
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -104,6 +106,7 @@ class Layer:
             "region": self.region,
             "weight_grad": self.weight_grad,
             "chain": self.chain,
+            "left_out": list(self.left_out),
             "input_shape": _as_list(self.input_shape),
             "weight_shape": _as_list(self.weight_shape),
             "output_shape": _as_list(self.output_shape),

@@ -45,9 +45,11 @@ def notes(report: ReportData) -> list[str]:
         found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
     if chained := sum(layer.chain is not None for layer in report.layers):
         found.append(
-            f"Chains: {chained} layers compute those channels of their input's gradient alone that the "
-            "layer in front of them reads."
+            f"Chains: {chained} layers compute their input's gradient only in the channels that the layer "
+            "in front of them reads."
         )
+    left_out = Counter(why for layer in report.layers for why in layer.left_out)
+    found += [f"Left out at {count} layers, {why}." for why, count in left_out.items()]
     return [*found, *([report.note] if report.note else [])]
 
 
