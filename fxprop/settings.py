@@ -7,7 +7,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Required, TypedDict, get_args
 
@@ -18,8 +18,6 @@ BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
 WeightGrad = Literal["dense", "row_sparse"]
 When = Literal["faster", "always"]
-
-SELECTS: tuple[Select, ...] = get_args(Select)
 
 
 class Layer(Protocol):
@@ -272,11 +270,6 @@ def keywords(settings: LayerSettings) -> Iterator[tuple[str, Any]]:
     for setting in OF_LAYERS:
         assert setting.keyword is not None
         yield setting.keyword, getattr(settings, setting.name)
-
-
-def defaults() -> Mapping[str, Any]:
-    """The defaults by the operators' keywords."""
-    return {setting.keyword: setting.default for setting in OF_LAYERS if setting.keyword}
 
 
 def as_markdown() -> str:

@@ -152,10 +152,10 @@ class Recording:
     def _forward(self) -> Any:
         twin, observation = self._twin, self.observation
         given = describe_all(twin.args, twin.kwargs)
-        account = Account(self.watch, twin.labels())
-        observation.ops = account.ops
         try:
-            with draws() as drawn, account if self._compared else contextlib.nullcontext():
+            with draws() as drawn, contextlib.ExitStack() as stack:
+                if self._compared:
+                    observation.ops = stack.enter_context(Account(self.watch, twin.labels())).ops
                 outputs = twin.root(*twin.args, **twin.kwargs)
             observation.drawn = drawn
             return outputs
