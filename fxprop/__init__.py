@@ -10,7 +10,7 @@ from fxprop.dump import dump
 from fxprop.errors import FxpropError
 from fxprop.explain import explain
 from fxprop.inspect import code_diff
-from fxprop.ops.table import register_site
+from fxprop.ops.registered import register_site
 from fxprop.policy import Policy, Rule
 from fxprop.policy_files import load_policy
 from fxprop.report.report import Report

@@ -10,7 +10,8 @@ from torch import nn
 
 from fxprop.errors import ReportError
 from fxprop.inspect import code_changes, code_lines, described, generated_node, operation
-from fxprop.plan import Decision, Shape
+from fxprop.ops.axes import Shape
+from fxprop.plan import Decision
 from fxprop.policy import Policy
 from fxprop.recipe import recipe_of
 from fxprop.report.records import Gradients, Layer

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from fxprop.frontends.module import TracedModule
+from fxprop.ops.selections import SELECTIONS
 from fxprop.plan import Decision, Plan
 from fxprop.progress import stage
 from fxprop.recipe import recipe_of
@@ -44,7 +45,7 @@ def described(decision: Decision) -> str:
     """The layer, its decision and its source: "conv1: 3 of 64 channels, with batch_norm (net.py:12)"."""
     text = f"{decision.site.name}: {decision.reason or decision.status}"
     if decision.sparsity is not None:
-        unit = "channels" if decision.sparsity.select == "channel" else "elements"
+        unit = SELECTIONS[decision.sparsity.select].unit
         text = f"{decision.site.name}: {decision.sparsity.k} of {decision.sparsity.n} {unit}"
     if decision.region is not None:
         text += f", with {decision.region.label}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fxprop.ops.selections import SELECTIONS
 from fxprop.plan import Chain, Decision, Site, Sparsity
 
 
@@ -56,8 +57,8 @@ def _chain(site: Site, sparsity: Sparsity, upstream: Decision | None) -> Chain |
     if upstream is None or upstream.sparsity is None or upstream.region is None:
         return None
     of = upstream.sparsity
-    is_partial = upstream.region.norm is not None and of.norm_grad == "kept" and of.score_fraction < 1
     is_conv = site.op in ("conv1d", "conv2d", "conv3d") and site.groups == 1
-    if not (is_partial and is_conv and site.is_only_reader and sparsity.select == "channel"):
+    hands_over = is_conv and site.is_only_reader and SELECTIONS[sparsity.select].of_channels
+    if not (hands_over and upstream.region.kind.reads_part(of)):
         return None
     return Chain(upstream.site.name, of.k, of.n, of.score_fraction)

@@ -7,21 +7,17 @@ node's raw arguments. Nothing here computes anything beyond sizes that follow fr
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fxprop.settings import BiasGrad as BiasGrad
-from fxprop.settings import LayerSettings
-from fxprop.settings import NormGrad as NormGrad
-from fxprop.settings import Select as Select
-from fxprop.settings import WeightGrad as WeightGrad
+from fxprop.ops.axes import Axes, Shape
+from fxprop.ops.keep import Keep
+from fxprop.ops.regions.table import REGIONS, RegionKind
+from fxprop.ops.selections import SELECTIONS
+from fxprop.settings import LayerSettings, Select
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Status = Literal["rewritten", "dense", "skipped"]
-
-Shape = tuple[int, ...]
 
 # begins the `node` of a site that is none: a product in code without a graph, by its parameter
 CALL = "call:"
@@ -52,23 +48,27 @@ class Call:
 
 @dataclass(frozen=True)
 class Region:
-    """What follows a layer in the graph and can be rewritten with it.
+    """What follows a layer in the graph and can be rewritten with it: a row of the table, found there."""
 
-    A convolution's batch-norm, and ReLU or not; a linear layer's activation.
-    """
-
-    # qualified attribute name of the norm; None behind a linear layer
-    norm: str | None
-    activation: Activation | None
+    # the operator that stands for it, a key of `fxprop.ops.regions.table.REGIONS`
+    name: str
+    activation: str | None
     # graph nodes behind the layer's own; the last one gives the region's output
     nodes: tuple[str, ...]
+    # the norm's qualified attribute name, its class, and what makes another like it; None if there is none
+    norm: str | None = None
+    norm_class: type | None = None
+    norm_arguments: tuple[Any, ...] = ()
+
+    @property
+    def kind(self) -> RegionKind:
+        """The row of the table."""
+        return REGIONS[self.name]
 
     @property
     def label(self) -> str:
         """What the layer is rewritten with: "batch_norm + relu"."""
-        return " + ".join(
-            [*(["batch_norm"] if self.norm else []), *([self.activation] if self.activation else [])]
-        )
+        return self.kind.label(self.activation)
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,14 @@ class Site:
     region: Region | None = None
     # whether nothing else in the graph reads the input
     is_only_reader: bool = False
-    # parts of the weight that do not meet: conv groups, matrices of a batched product, experts
-    groups: int = 1
-    # output channels or features of all groups together; None where unknown
-    out_channels: int | None = None
+    # what there is to choose from, and the FLOPs; None where not even the weight's shape is known
+    axes: Axes | None = None
     # x [N, C_in, *spatial] or [*, in_features]; None where unknown
     input_shape: Shape | None = None
     # as the operator takes it: [C_out, C_in/groups, *kernel], [out_features, in_features], ...
     weight_shape: Shape | None = None
     # [N, C_out, *spatial] or [*, out_features]; None where unknown
     output_shape: Shape | None = None
-    # multiply-adds of the forward; None where shapes are unknown
-    multiply_adds: int | None = None
     # no other site upstream / downstream
     is_first: bool = False
     is_output: bool = False
@@ -134,21 +130,26 @@ class Site:
         return not self.node.startswith(CALL)
 
     @property
-    def is_convolution(self) -> bool:
-        """Whether the operator is a convolution, transposed or not."""
-        return self.op.startswith("conv")
+    def groups(self) -> int:
+        """Parts of the weight that do not meet: conv groups, matrices of a batched product, experts."""
+        return 1 if self.axes is None else self.axes.groups
 
     @property
-    def is_depthwise(self) -> bool:
-        """Whether every group has one output channel: whole channels are kept with their groups."""
-        return self.is_convolution and self.groups == self._channels
+    def out_channels(self) -> int | None:
+        """Output channels or features of all groups together; None where unknown."""
+        return None if self.axes is None else self.axes.channels
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Of the forward; None where shapes are unknown."""
+        return None if self.axes is None else self.axes.multiply_adds
 
     @property
     def can_be_row_sparse(self) -> bool:
         """Whether kept channels are rows of the weight, and the weight is a parameter itself."""
-        if self.op not in ("linear", "conv1d", "conv2d", "conv3d") or not self.is_node:
+        if self.axes is None or self.call is None or not self.is_node:
             return False
-        return self.call is not None and self.call.weight.attribute is not None
+        return self.axes.weight_rows and self.call.weight.attribute is not None
 
     def n(self, select: Select) -> int | None:
         """How many things `select` chooses from at this site; None if the shapes are not known.
@@ -156,21 +157,7 @@ class Site:
         channel: C_out per group (C_out for depthwise); out_features. element: C_out times the output's
         spatial size; out_features.
         """
-        channels = self._channels
-        if channels is None:
-            return None
-        if select == "channel" or not self.is_convolution:
-            return channels if self.is_depthwise else channels // self.groups
-        if self.output_shape is None or self.weight_shape is None:
-            return None
-        spatial_dims = len(self.weight_shape) - 2
-        return math.prod(self.output_shape[-spatial_dims:]) * channels
-
-    @property
-    def _channels(self) -> int | None:
-        if self.out_channels is not None or self.weight_shape is None:
-            return self.out_channels
-        return self.weight_shape[0]  # of a convolution or linear layer
+        return None if self.axes is None else SELECTIONS[select].n(self.axes)
 
 
 @dataclass(frozen=True)
@@ -196,6 +183,11 @@ class Sparsity(LayerSettings):
     region: bool = False
     # set where grad_input is computed as far as the region upstream reads it
     chain: Chain | None = None
+
+    @property
+    def keep(self) -> Keep:
+        """As the operator takes it."""
+        return Keep.of(self.k, self, chained=self.chain is not None)
 
     @property
     def alone(self) -> Sparsity:

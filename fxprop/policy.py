@@ -17,8 +17,8 @@ from typing import Any, Literal
 from fxprop import cost, settings
 from fxprop.errors import OpError, PolicyError
 from fxprop.joint import agreeing, chained
-from fxprop.ops.norm_backward import SCORES as REGION_SCORES
-from fxprop.ops.select import get_score
+from fxprop.ops.scores import get_score
+from fxprop.ops.selections import SELECTIONS
 from fxprop.plan import Decision, Plan, Site, Sparsity
 
 Position = Literal["first", "output"]
@@ -229,7 +229,7 @@ class Policy(settings.Settings):
         alone = replace(region, region=False, norm_grad="full")
         fits = _fits_region(site, policy) and (policy.when == "always" or cost.region_wins(site, region))
         sparsity = region if fits else alone
-        has_norm = fits and site.region is not None and site.region.norm is not None
+        has_norm = fits and site.region is not None and "norm_grad" not in site.region.kind.without
         if policy.norm_grad != "full" and not has_norm:
             dropped += (f"norm_grad={policy.norm_grad!r}: the layer is rewritten without a batch norm",)
         if policy.when == "faster":
@@ -259,9 +259,10 @@ def _fits_region(site: Site, policy: Policy) -> bool:
     return (
         policy.regions
         and site.region is not None
-        and not site.is_depthwise
-        and policy.select == "channel"
-        and policy.score in REGION_SCORES
+        and site.axes is not None
+        and not site.axes.depthwise
+        and SELECTIONS[policy.select].of_channels
+        and policy.score in site.region.kind.scores
     )
 
 

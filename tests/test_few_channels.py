@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxprop.ops import few_channels
+from fxprop.ops.kernels import few_channels
 
 
 def reference(grad, x, weight, padding, dilation):

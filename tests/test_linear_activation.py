@@ -13,7 +13,7 @@ from torch import nn
 import fxprop
 from fxprop.errors import OpError
 from fxprop.ops import linear_activation
-from fxprop.ops.linear_act import ACTIVATIONS
+from fxprop.ops.regions.linear_activation import ACTIVATIONS
 
 # the functions as users write them, not as the operator has them
 DENSE = {
@@ -89,7 +89,7 @@ def test_pieces_add_up_to_the_whole(monkeypatch):
     tensors = problem(rows=(50,))
     call = lambda x, w, b: linear_activation(x, w, b, activation="gelu", k=3)  # noqa: E731
     whole = gradients(call, tensors)
-    monkeypatch.setattr("fxprop.ops.linear_act._PIECE", 24)
+    monkeypatch.setattr("fxprop.ops.regions.linear_activation._PIECE", 24)
     assert_close(gradients(call, tensors), whole)
 
 

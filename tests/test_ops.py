@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fxprop import ops
 from fxprop.errors import OpError, PolicyError
-from fxprop.ops.select import get_score
+from fxprop.ops.scores import get_score
 
 DENSE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPARSE = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 import fxprop
 from fxprop import policy_files
 from fxprop.errors import PolicyError
+from fxprop.ops.catalogue import OPERATORS
 from fxprop.plan import Site
 from fxprop.policy import Policy, Rule
 
 
 def site(name="a.b", n=100, **fields):
-    fields = {"op": "linear", "node": name, "types": ("Linear",), "weight_shape": (n, 4), **fields}
+    axes = None if "skip" in fields else OPERATORS["linear"].axes(None, (n, 4), None, {})
+    fields = {"op": "linear", "node": name, "types": ("Linear",), "axes": axes, **fields}
     return Site(name=name, **fields)
 
 
@@ -116,11 +118,15 @@ def test_nothing_given_is_dense():
 
 
 def test_n_of_grouped_depthwise_and_element():
-    grouped = site(op="conv2d", weight_shape=(12, 2, 3, 3), groups=3, output_shape=(2, 12, 5, 4))
-    depthwise = site(op="conv2d", weight_shape=(12, 1, 3, 3), groups=12, output_shape=(2, 12, 5, 4))
+    def convolution(weight, output, groups=1):
+        axes = OPERATORS["conv2d"].axes(None, weight, output, {"groups": groups})
+        return site(op="conv2d", axes=axes)
+
+    grouped = convolution((12, 2, 3, 3), (2, 12, 5, 4), groups=3)
+    depthwise = convolution((12, 1, 3, 3), (2, 12, 5, 4), groups=12)
     assert (grouped.n("channel"), depthwise.n("channel")) == (4, 12)
     assert grouped.n("element") == depthwise.n("element") == 240
-    unbatched = site(op="conv1d", weight_shape=(12, 2, 3), output_shape=(12, 5))
+    unbatched = convolution((12, 2, 3), (12, 5))
     assert unbatched.n("element") == 60
 
 

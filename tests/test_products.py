@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fxprop
 from fxprop import ops
 from fxprop.errors import OpError
-from fxprop.ops.sizes import sizes
+from fxprop.ops.catalogue import OPERATORS
 
 DOUBLE = torch.double
 
@@ -263,7 +263,7 @@ def loops(op, x, w, constants):
     [("addmm", (3, 4), (4, 5), {}), ("conv_transpose1d", (2, 4, 6), (4, 3, 5), {"groups": 2})],
 )
 def test_multiply_adds_by_loops(op, x, w, constants):
-    assert sizes(op, x, w, None, constants).multiply_adds == loops(op, x, w, constants)
+    assert OPERATORS[op].axes(x, w, None, constants).multiply_adds == loops(op, x, w, constants)
 
 
 def test_public_operators_are_documented():

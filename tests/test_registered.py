@@ -7,7 +7,8 @@ from torch import fx, nn
 
 import fxprop
 from fxprop.errors import OpError
-from fxprop.ops import Product, table
+from fxprop.ops import Product
+from fxprop.ops import registered as table
 
 
 @pytest.fixture(autouse=True)

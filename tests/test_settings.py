@@ -10,7 +10,7 @@ from torch import nn
 
 import fxprop
 from fxprop import cli, ops, settings
-from fxprop.ops.select import Keep
+from fxprop.ops.keep import Keep
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprop.frontends.leaves import SITE_MODULES
 from fxprop.frontends.objects import cell_value, is_holder, is_users
 from fxprop.frontends.reach import Reach
+from fxprop.ops.catalogue import SITE_MODULES
 
 Assumption = tuple[Callable[[Any], Any], Any, Any]
 
@@ -141,7 +141,7 @@ def _has_users_code(module: nn.Module) -> bool:
 
 def _read_of(module: nn.Module, names: set[str]) -> Iterator[str]:
     """The attributes of `module` whose values are in a graph of its code."""
-    constants = next((c for cls, (_, c) in SITE_MODULES.items() if isinstance(module, cls)), None)
+    constants = next((of.attributes for cls, of in SITE_MODULES.items() if isinstance(module, cls)), None)
     users = _has_users_code(module)
     for key, value in list(vars(module).items()):
         if constants is not None and not users:

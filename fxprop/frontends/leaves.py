@@ -9,25 +9,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxprop.frontends.hooks import hooks_of
-from fxprop.ops.table import is_registered, registered_classes
+from fxprop.ops.catalogue import SITE_MODULES
+from fxprop.ops.registered import is_registered, registered_classes
 
 # in the metadata of a node that stands for the whole module whose graph it is in
 IS_MODULE = "fxprop_is_module"
 
-_CONV = ("stride", "padding", "dilation", "groups")
-_CONV_TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
-
-# Module classes with a sparse operator, and the attributes that are its constants. `_SAFE_METHODS` must be
-# the class's own for the rewrite to know what the module computes.
-SITE_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.Conv1d: ("conv1d", _CONV),
-    nn.Conv2d: ("conv2d", _CONV),
-    nn.Conv3d: ("conv3d", _CONV),
-    nn.ConvTranspose1d: ("conv_transpose1d", _CONV_TRANSPOSE),
-    nn.ConvTranspose2d: ("conv_transpose2d", _CONV_TRANSPOSE),
-    nn.ConvTranspose3d: ("conv_transpose3d", _CONV_TRANSPOSE),
-    nn.Linear: ("linear", ()),
-}
+# these must be a class's own for the rewrite to know what a module of a class in `SITE_MODULES` computes
 _SAFE_METHODS = ("forward", "_conv_forward", "__call__")
 
 # why modules that hold matrices stay as they are

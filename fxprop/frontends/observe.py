@@ -20,7 +20,7 @@ from fxprop.frontends.fakes import Twin, describe_all, has_values
 from fxprop.frontends.reach import Reach
 from fxprop.frontends.untouched import draws
 from fxprop.frontends.watch import Watch
-from fxprop.ops.table import Product
+from fxprop.ops.reads import Product
 
 
 @dataclass(frozen=True)

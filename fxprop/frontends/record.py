@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxprop.ops.table import Product
+from fxprop.ops.reads import Product
 
 # why a layer whose gradient the forward itself computes with stays as it is
 USED = "the model's forward computes with its gradient (autograd.grad), which has to be exact"

@@ -29,13 +29,13 @@ from fxprop.frontends.interpret import GraphRecorder, on_gradient
 from fxprop.frontends.leaves import is_users
 from fxprop.frontends.module import TracedModule
 from fxprop.frontends.observe import Observation
+from fxprop.frontends.products import described
 from fxprop.frontends.reach import Reach
 from fxprop.frontends.record import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.untouched import draws
 from fxprop.frontends.watch import Watch
-from fxprop.ops.calls import described
-from fxprop.ops.table import Product
+from fxprop.ops.reads import Product
 from fxprop.pytree import tree_leaves
 
 

@@ -39,12 +39,8 @@ from fxprop.frontends.symbolic import TracedGraphs, bind_arguments, trace_modes
 from fxprop.frontends.traced import Traced
 from fxprop.frontends.tracer import LeafModules, the_model
 from fxprop.frontends.tree import copy_tree
-from fxprop.ops.table import (
-    arguments,
-    dense_function,
-    read_module,
-    registered_classes,
-)
+from fxprop.ops.catalogue import OPERATORS, arguments, read_module
+from fxprop.ops.registered import registered_classes
 
 
 def trace_model(
@@ -308,7 +304,7 @@ def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
     )
     args, constants = arguments(operands)
     constants.pop("weight", None)
-    node = graph.call_function(dense_function(product.op), args, constants)
+    node = graph.call_function(OPERATORS[product.op].dense, args, constants)
     node.meta[IS_MODULE] = True
     graph.output(node)
     return dict.fromkeys((True, False), graph)

@@ -24,10 +24,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fxprop.errors import InputError, TraceError
 from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
-from fxprop.frontends.leaves import DROPOUTS, NORMS, SITE_MODULES
+from fxprop.frontends.leaves import DROPOUTS, NORMS
 from fxprop.frontends.source import first_line, users_stack
 from fxprop.frontends.untouched import AUTOCAST
-from fxprop.ops.table import registered_classes
+from fxprop.ops.catalogue import SITE_MODULES
+from fxprop.ops.registered import registered_classes
 
 # module types, or qualified names, that are kept as one call
 LeafModules = Collection[type[nn.Module] | str]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fxprop.frontends.fakes import Twin
+from fxprop.frontends.products import ProductMode
 from fxprop.frontends.source import users_line
-from fxprop.ops.calls import ProductMode
-from fxprop.ops.table import Product
+from fxprop.ops.reads import Product
 
 # (module at work, parameter, product, result, source line)
 OnProduct = Callable[[str, str, Product, Any, str | None], None]

@@ -13,8 +13,8 @@ from fxprop.errors import ModelError
 from fxprop.frontends.generated import make_class
 from fxprop.frontends.record import USED, ProductCall, TensorInfo
 from fxprop.graph.functions import type_names
-from fxprop.ops.calls import ProductPlan, SparseProducts
-from fxprop.ops.sizes import sizes
+from fxprop.graph.site import with_axes
+from fxprop.graph.sparse_products import ProductPlan, SparseProducts
 from fxprop.plan import CALL, Site
 
 
@@ -32,26 +32,11 @@ def product_site(root: nn.Module, call: ProductCall) -> Site:
         source=call.source,
     )
     inside = not call.module or call.parameter.startswith(f"{call.module}.")
-    found = sizes(product.op, product.input.shape, weight.shape, call.output.shape, product.constants)
-    skip = found if isinstance(found, str) else None
-    if call.used:
-        skip = USED
     if not inside:
-        skip = f"the code of {call.module!r} uses it, which does not hold it"
-    if isinstance(found, str) or skip is not None:
-        return replace(site, skip=skip)
-    return replace(
-        site,
-        groups=found.groups,
-        out_channels=found.out_channels,
-        multiply_adds=found.multiply_adds,
-        input_shape=product.input.shape,
-        weight_shape=weight.shape,
-        output_shape=call.output.shape,
-        is_complex=weight.dtype.is_complex or product.input.dtype.is_complex,
-        needs_grad_input=call.reached and product.input.requires_grad,
-        needs_grad_weight=call.reached and weight.requires_grad,
-    )
+        return replace(site, skip=f"the code of {call.module!r} uses it, which does not hold it")
+    if call.used:
+        return replace(site, skip=USED)
+    return with_axes(site, product.input, weight, call.output, product.constants, call.reached)
 
 
 def parameter_of(site: Site) -> str:

@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from fxprop.frontends.dynamo import module_in_stack
-from fxprop.frontends.leaves import IS_MODULE, SITE_MODULES, is_users
+from fxprop.frontends.leaves import IS_MODULE, is_users
 from fxprop.frontends.source import source_line
 from fxprop.graph.site import Context, call_name, with_shapes
-from fxprop.ops import table
+from fxprop.ops.catalogue import SITE_MODULES, read
+from fxprop.ops.reads import Product
 from fxprop.plan import Call, Operand, Site
 
 # Multiplications by a parameter that have no sparse operator: by name, for functions, methods and aten
@@ -39,7 +40,7 @@ def read_call(context: Context, node: fx.Node) -> Site | None:
     def is_weight(operand: Any) -> bool:
         return isinstance(operand, fx.Node) and context.parameter_of(operand) is not None
 
-    product = table.read(target, node.args, node.kwargs, is_weight)
+    product = read(target, node.args, node.kwargs, is_weight)
     if product is None:
         return _opaque(context, node)
     site = read_product(context, node, product)
@@ -49,10 +50,10 @@ def read_call(context: Context, node: fx.Node) -> Site | None:
 
 def _is_of_layer(site: Site) -> bool:
     """Whether the weight is that of a module of torch.nn, which computes just such a product."""
-    return any(cls.__name__ in site.types and site.op == op for cls, (op, _) in SITE_MODULES.items())
+    return any(cls.__name__ in site.types and site.op == of.name for cls, of in SITE_MODULES.items())
 
 
-def read_product(context: Context, node: fx.Node, product: table.Product) -> Site:
+def read_product(context: Context, node: fx.Node, product: Product) -> Site:
     """The site of a product whose operands are nodes."""
     weight = product.weight
     parameter = context.parameter_of(weight) if isinstance(weight, fx.Node) else None

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprop.frontends.leaves import DENSE_MODULES, SITE_MODULES, holds_matrices, unsafe
+from fxprop.frontends.leaves import DENSE_MODULES, holds_matrices, unsafe
 from fxprop.frontends.record import tensor_info
 from fxprop.frontends.source import source_line
 from fxprop.graph.functions import type_names
 from fxprop.graph.site import Context, own_tensor, with_shapes
-from fxprop.ops.table import read_module, registered_classes
+from fxprop.ops.catalogue import SITE_MODULES, read_module
+from fxprop.ops.registered import registered_classes
 from fxprop.plan import Call, Operand, Site
 
 
@@ -29,10 +30,10 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
     if base is None or name in context.reasons:
         reason = context.reasons.get(name)
         return opaque_module(name, module, node.name, context.path, source_line(node.stack_trace), reason)
-    op, attributes = SITE_MODULES[base]
+    operator = SITE_MODULES[base]
     site = Site(
         name=name,
-        op=op,
+        op=operator.name,
         node=node.name,
         graph=context.path,
         types=type_names(type(module)),
@@ -43,7 +44,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
         return replace(site, skip=reason)
     input_node = _only_argument(node)
     assert input_node is not None
-    constants, pad = _constants(module, attributes)
+    constants, pad = _constants(module, operator.attributes)
     target = str(node.target)
     has_bias = own_tensor(module, "bias") is not None
     call = Call(

@@ -1,4 +1,4 @@
-"""Which nodes behind a layer can be rewritten with it: batch-norm and ReLU, or an activation."""
+"""Which nodes behind a layer can be rewritten with it, by the table of regions."""
 
 from __future__ import annotations
 
@@ -8,42 +8,56 @@ from torch import fx, nn
 
 from fxprop.frontends.hooks import hooks_of
 from fxprop.graph.site import Context
-from fxprop.ops.conv_norm import NORMS
-from fxprop.plan import Activation, Region, Site
+from fxprop.ops.regions.table import REGIONS, RegionKind
+from fxprop.plan import Region, Site
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 # a function, a method's name or a module class -> the activation; gelu is one of two
-_ACTIVATIONS: dict[object, Activation] = {
+_ACTIVATIONS: dict[object, str] = {
     **dict.fromkeys((*_RELU, nn.ReLU), "relu"),
     **dict.fromkeys((F.gelu, nn.GELU), "gelu"),
     **dict.fromkeys((F.silu, nn.SiLU), "silu"),
 }
-_GELUS: dict[object, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+_GELUS: dict[object, str] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def region_of(context: Context, node: fx.Node, site: Site) -> Region | None:
-    """The region that begins with the convolution or linear layer at `node`; None if nothing fits.
+    """The longest region of the table that begins with the layer at `node`; None if nothing fits.
 
     Each node must be the only user of the one before it. Modules with hooks are left out: they would not
     be called.
     """
     if site.skip is not None:
         return None
-    following = _only_user(node)
-    if following is None:
+    kinds = (kind for kind in REGIONS.values() if site.op in kind.operators)
+    found = (_fit(context, node, kind) for kind in kinds)
+    return max((region for region in found if region), key=lambda region: len(region.nodes), default=None)
+
+
+def _fit(context: Context, node: fx.Node, kind: RegionKind) -> Region | None:
+    norm = None
+    last = node
+    if kind.norms:
+        norm = _only_user(node)
+        if norm is None or not _is_plain(context, norm, kind.norms) or not _takes_one(norm):
+            return None
+        last = norm
+    following = _only_user(last)
+    activation = None if following is None else _activation(context, following)
+    nodes = [] if norm is None else [norm.name]
+    if following is not None and activation is not None and activation in kind.activations:
+        nodes.append(following.name)
+    elif None in kind.activations:
+        activation = None
+    else:
         return None
-    if site.op == "linear":
-        activation = _activation(context, following)
-        return None if activation is None else Region(None, activation, (following.name,))
-    if site.op not in ("conv1d", "conv2d", "conv3d"):
-        return None
-    if not _is_plain(context, following, NORMS) or not _takes_one(following):
-        return None
-    target = str(following.target)
-    relu = _only_user(following)
-    if relu is not None and _activation(context, relu) == "relu":
-        return Region(target, "relu", (following.name, relu.name))
-    return Region(target, None, (following.name,))
+    if norm is None:
+        return Region(kind.name, activation, tuple(nodes))
+    module = context.module.get_submodule(str(norm.target))
+    return Region(
+        *(kind.name, activation, tuple(nodes), str(norm.target)),
+        *(type(module), kind.norm_arguments(module)),
+    )
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -59,7 +73,7 @@ def _is_plain(context: Context, node: fx.Node, classes: tuple[type[nn.Module], .
     return type(module) in classes and not hooks_of(module) and "forward" not in vars(module)
 
 
-def _activation(context: Context, node: fx.Node) -> Activation | None:
+def _activation(context: Context, node: fx.Node) -> str | None:
     """Which activation `node` computes; None if another, or one that was changed."""
     if node.op == "call_module":
         if not _is_plain(context, node, (nn.ReLU, nn.GELU, nn.SiLU)) or not _takes_one(node):

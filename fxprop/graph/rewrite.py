@@ -19,10 +19,9 @@ from fxprop.frontends.module import TracedModule
 from fxprop.frontends.stored import Graphs
 from fxprop.graph.calls import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
-from fxprop.ops.conv_norm import conv_batch_norm
-from fxprop.ops.linear_act import linear_activation
-from fxprop.ops.select import Keep
-from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
+from fxprop.ops.catalogue import OPERATORS, Operator, arguments
+from fxprop.ops.reads import Product
+from fxprop.ops.regions.table import RegionKind
 from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
 # the key in node.meta under which a rewritten node has its Decision
@@ -174,26 +173,25 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
             for name, value in call.constants.items()
         }
     args, kwargs = arguments(Product(site.op, input_, weight, bias, constants))
-    keep = Keep.of(sparsity)
-    target, keywords = OPERATORS[site.op], keep.arguments(takes_bias(site.op))
+    called: Operator | RegionKind = OPERATORS[site.op]
     last, inner = node, []
-    if decision.region is not None:
-        target = linear_activation
-        if decision.region.activation is not None:
-            kwargs["activation"] = decision.region.activation
-        if decision.region.norm is not None:
-            target, keywords = conv_batch_norm, keep.arguments(takes_bias=False, takes_norm=True)
+    region = decision.region
+    if region is not None:
+        called = region.kind
+        if region.activation is not None:
+            kwargs["activation"] = region.activation
+        if region.norm is not None:
             with graph.inserting_before(node):
-                norm = _fetch(graph, nodes, Operand(attribute=decision.region.norm), node)
+                norm = _fetch(graph, nodes, Operand(attribute=region.norm), node)
             args = (*args, norm)
-        *inner, last = (nodes[name] for name in (node.name, *decision.region.nodes))
+        *inner, last = (nodes[name] for name in (node.name, *region.nodes))
         # where the convolution stood: what lies between may change its input in place
         node.append(last)
     # changed in place: the name, the users and the metadata stay
     last.op = "call_function"
-    last.target = target
+    last.target = called.sparse
     last.args = args
-    last.kwargs = {**kwargs, **keywords}
+    last.kwargs = {**kwargs, **sparsity.keep.arguments(called.without)}
     last.meta[META_KEY] = decision
     for replaced in reversed(inner):
         graph.erase_node(replaced)

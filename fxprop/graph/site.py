@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from fxprop.frontends.hooks import hooks_of
 from fxprop.frontends.leaves import own_parameters
 from fxprop.frontends.record import USED, GraphCall, TensorInfo, tensor_info
-from fxprop.ops.sizes import sizes
+from fxprop.ops.catalogue import OPERATORS
 from fxprop.plan import Call, Site
 
 
@@ -122,27 +122,34 @@ def with_shapes(site: Site, context: Context, node: fx.Node, call: Call, weight:
         return replace(site, skip="its input or output is not a tensor")
     if record is not None and node.name in record.used:
         return replace(site, skip=USED)
-    found = sizes(
-        site.op,
-        input_.shape if input_ else None,
-        weight.shape,
-        output.shape if output else None,
-        call.constants,
-    )
-    if isinstance(found, str):
-        return replace(site, skip=found)
     reached = record is None or node.name in record.reached
+    return with_axes(replace(site, call=call), input_, weight, output, call.constants, reached)
+
+
+def with_axes(
+    site: Site,
+    input: TensorInfo | None,
+    weight: TensorInfo,
+    output: TensorInfo | None,
+    constants: Mapping[str, Any],
+    reached: bool,
+) -> Site:
+    """`site` with its axes and shapes; with a reason to skip it where they forbid it.
+
+    `reached`: whether a backward comes to it.
+    """
+    shapes = [tensor.shape if tensor else None for tensor in (input, output)]
+    axes = OPERATORS[site.op].axes(shapes[0], weight.shape, shapes[1], constants)
+    if isinstance(axes, str):
+        return replace(site, call=None, skip=axes)
     return replace(
         site,
-        call=call,
-        groups=found.groups,
-        out_channels=found.out_channels,
-        multiply_adds=found.multiply_adds,
+        axes=axes,
+        input_shape=shapes[0],
         weight_shape=weight.shape,
-        input_shape=input_.shape if input_ else None,
-        output_shape=output.shape if output else None,
-        is_complex=weight.dtype.is_complex or (input_ is not None and input_.dtype.is_complex),
-        needs_grad_input=reached and (input_ is None or input_.requires_grad),
+        output_shape=shapes[1],
+        is_complex=weight.dtype.is_complex or (input is not None and input.dtype.is_complex),
+        needs_grad_input=reached and (input is None or input.requires_grad),
         needs_grad_weight=reached and weight.requires_grad,
     )
 

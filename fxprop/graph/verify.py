@@ -7,9 +7,8 @@ import warnings
 from torch import fx, nn
 
 from fxprop.errors import RewriteError
-from fxprop.ops.conv_norm import conv_batch_norm
-from fxprop.ops.linear_act import linear_activation
-from fxprop.ops.table import OPERATORS
+from fxprop.ops.catalogue import OPERATORS
+from fxprop.ops.regions.table import REGIONS
 from fxprop.plan import Decision
 
 
@@ -37,7 +36,7 @@ def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, .
 
 def rewritten_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of `graph` that call a sparse operator."""
-    functions = {*OPERATORS.values(), conv_batch_norm, linear_activation}
+    functions = {of.sparse for of in OPERATORS.values()} | {of.sparse for of in REGIONS.values()}
     return [n for n in graph.nodes if n.op == "call_function" and n.target in functions]
 
 

@@ -4,15 +4,21 @@ Tensors in, tensors out; nothing here knows about graphs.
 """
 
 from fxprop.ops.attention import attention, check_same, restore_layout, sequence_first, unpack
-from fxprop.ops.conv import conv1d, conv2d, conv3d
-from fxprop.ops.conv_norm import conv_batch_norm
-from fxprop.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
+from fxprop.ops.convolution import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import linear
-from fxprop.ops.linear_act import linear_activation
-from fxprop.ops.product import addmm, einsum, matmul
-from fxprop.ops.select import register_score, score_names
-from fxprop.ops.table import Product
+from fxprop.ops.products import addmm, einsum, matmul
+from fxprop.ops.reads import Product
+from fxprop.ops.regions.conv_batch_norm import conv_batch_norm
+from fxprop.ops.regions.linear_activation import linear_activation
+from fxprop.ops.scores import register_score, score_names
 
 __all__ = [
     "Product",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxprop.errors import InputError
-from fxprop.ops.common import public
+from fxprop.ops.calling import public
 
 
 @public

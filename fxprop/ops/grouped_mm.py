@@ -7,70 +7,104 @@ out_features], offs [experts] the end of each expert's rows.
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxprop.errors import OpError
-from fxprop.ops.common import (
-    SparseFunction,
-    check_keep,
-    needs_backward,
-    refuse_double_backward,
-    sparse,
-)
-from fxprop.ops.select import RANDOM, Keep, channel_scores, mask_elements, summed_over_processes
+from fxprop.ops.calling import check_keep, is_dense, sparse
+from fxprop.ops.engine import run
+from fxprop.ops.form import Needed, Others, Pair
+from fxprop.ops.keep import Keep
+from fxprop.ops.scores import RANDOM, channel_scores, summed_over_processes
 from fxprop.settings import KeepArgs
+
+# keywords of other operators
+WITHOUT = ("bias_grad", "norm_grad", "weight_grad", "chained")
 
 # the kernels want rows that start at multiples of 16 bytes
 _ALIGNMENT = 16
 
 
-class _SparseGroupedMM(SparseFunction):
-    @staticmethod
-    def forward(mat_a: Tensor, mat_b: Tensor, offs: Tensor, keep: Keep) -> Tensor:
-        return F.grouped_mm(mat_a, mat_b, offs=offs)
+class GroupedMM(NamedTuple):
+    """A call of the operator, whose `others` are the offsets. See `fxprop.ops.form.Form`."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        mat_a, mat_b, offs, ctx.keep = inputs
-        ctx.save_for_backward(mat_a, mat_b, offs)
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
+        return F.grouped_mm(input, weight, offs=others[0])
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        mat_a, mat_b, offs = ctx.saved_tensors
-        with torch.no_grad():
-            grads = _backward(grad_output, mat_a, mat_b, offs, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads, (grad_output, mat_a, mat_b)), None, None)
+    def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        return grad_output.contiguous()
+
+    def arrange_input(self, input: Tensor) -> Tensor:
+        return input
+
+    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
+        return grads
+
+    @property
+    def rows_dim(self) -> int:
+        return 0
+
+    def examples(self, grad: Tensor) -> Tensor:
+        return grad
+
+    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
+        (offs,) = others
+        return _scores(grad, _expert_of_rows(grad, offs), offs, keep)
+
+    def top(self, scores: Tensor, keep: Keep) -> Tensor:
+        return scores.topk(int(keep.k), dim=1).indices  # [experts, k]
+
+    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
+        expert = _expert_of_rows(grad, others[0]).clamp(max=len(kept) - 1)
+        return _pad(grad.gather(1, kept[expert]))
+
+    def from_kept(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        keep: Keep,
+        wanted: Needed,
+    ) -> Pair:
+        index = kept[:, None, :].expand(-1, weight.shape[1], -1)
+        of_kept = _pad(weight.gather(2, index))
+        grad_input, grad_weight = self.products(grad, input, of_kept, others, wanted)
+        if grad_weight is not None:
+            grad_weight = torch.zeros_like(weight).scatter_(2, index, grad_weight[..., : kept.shape[1]])
+        return grad_input, grad_weight
+
+    def products(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        wanted: Needed,
+    ) -> Pair:
+        (offs,) = others
+        return (
+            F.grouped_mm(grad, weight.transpose(1, 2), offs=offs) if wanted[0] else None,
+            # [experts, in_features, features]
+            F.grouped_mm(input.t(), grad, offs=offs) if wanted[1] else None,
+        )
+
+    def of_rows(self, others: Others, kept: Tensor) -> Others:
+        (offs,) = others
+        return (torch.searchsorted(kept, offs.to(kept.dtype)).to(offs.dtype),)
+
+    def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
+        raise AssertionError("grouped_mm has no bias")
 
 
-def _backward(
-    grad_output: Tensor, mat_a: Tensor, mat_b: Tensor, offs: Tensor, keep: Keep, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    grad = grad_output.contiguous()
-    experts = len(mat_b)
+def _expert_of_rows(grad: Tensor, offs: Tensor) -> Tensor:
+    """The expert of each row; as many as there are for those past the last offset."""
     rows = torch.arange(len(grad), device=grad.device, dtype=offs.dtype)
-    expert = torch.searchsorted(offs, rows, right=True)  # of each row; `experts` past the last offset
-    index = None
-    kept_weight = mat_b
-    if keep.select == "element":
-        grad = mask_elements(grad, keep)
-    else:
-        scores = _scores(grad, expert, offs, keep)
-        kept = scores.topk(keep.k, dim=1).indices  # [experts, k]
-        grad = _pad(grad.gather(1, kept[expert.clamp(max=experts - 1)]))
-        index = kept[:, None, :].expand(-1, mat_b.shape[1], -1)
-        kept_weight = _pad(mat_b.gather(2, index))
-    grad_a = grad_b = None
-    if needs[0]:
-        grad_a = F.grouped_mm(grad, kept_weight.transpose(1, 2), offs=offs)
-    if needs[1]:
-        grad_b = F.grouped_mm(mat_a.t(), grad, offs=offs)  # [experts, in_features, k]
-        if index is not None:
-            grad_b = torch.zeros_like(mat_b).scatter_(2, index, grad_b[..., : keep.k])
-    return grad_a, grad_b
+    return torch.searchsorted(offs, rows, right=True)
 
 
 def _scores(grad: Tensor, expert: Tensor, offs: Tensor, keep: Keep) -> Tensor:
@@ -140,14 +174,13 @@ def grouped_mm(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward.
     """
-    keep = Keep.given("grouped_mm", settings, ("bias_grad", "norm_grad", "weight_grad", "chained"))
+    keep = Keep.given("grouped_mm", settings, WITHOUT)
     check_keep("grouped_mm", keep, mat_b)
     if mat_a.dim() != 2 or mat_b.dim() != 3:
         raise OpError(
             f"grouped_mm of {list(mat_a.shape)} and {list(mat_b.shape)}: expected [rows, in_features] "
             "and [experts, in_features, out_features]; use the dense operator"
         )
-    if keep.k >= mat_b.shape[2] or not needs_backward(mat_a, mat_b):
+    if is_dense(keep, mat_b.shape[2], mat_b.shape[2], mat_a, mat_b):
         return F.grouped_mm(mat_a, mat_b, offs=offs)
-    output: Tensor = _SparseGroupedMM.apply(mat_a, mat_b, offs, keep)
-    return output
+    return run(GroupedMM(), keep, mat_a, mat_b, None, offs)

@@ -5,24 +5,23 @@ Layouts: input [*, in_features], weight [out_features, in_features], grad_output
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxprop.ops.common import (
-    SparseFunction,
-    autocast,
-    autocast_device,
-    check_keep,
-    needs_backward,
-    of_all_rows,
-    refuse_double_backward,
-    sparse,
-)
-from fxprop.ops.select import Keep, mask_elements, select_channels, take_features
+from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
+from fxprop.ops.engine import run
+from fxprop.ops.form import Needed, Others, Pair, sums_per_channel
+from fxprop.ops.function import of_all_rows
+from fxprop.ops.keep import Keep
+from fxprop.ops.kernels.layout import take_features, top_channels
+from fxprop.ops.scores import channel_scores
 from fxprop.settings import KeepArgs
+
+# keywords of other operators
+WITHOUT = ("norm_grad", "chained")
 
 
 def dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,65 +45,69 @@ def dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-class _SparseLinear(SparseFunction):
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+class Linear(NamedTuple):
+    """A call of the operator. See `fxprop.ops.form.Form`."""
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
         return dense_forward(input, weight, bias)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.keep = inputs
-        ctx.save_for_backward(input, weight)
+    def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        return grad_output.reshape(-1, weight.shape[0])  # [rows, out_features]
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = _backward(grad_output, input, weight, ctx.keep, ctx.needs_input_grad)
-        return (*refuse_double_backward(grads, (grad_output, input, weight)), None)
+    def arrange_input(self, input: Tensor) -> Tensor:
+        return input.reshape(-1, input.shape[-1])
 
+    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
+        return None if grads[0] is None else grads[0].view(input.shape), grads[1]
 
-def _backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, keep: Keep, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_input, needs_weight, needs_bias = needs[:3]
-    grad = grad_output.reshape(-1, weight.shape[0])  # [rows, out_features]
-    grad_bias = None
-    if needs_bias and keep.bias_grad == "full":
-        grad_bias = grad.sum(0)
-        needs_bias = False
-    if not (needs_input or needs_weight or needs_bias):
-        return None, None, grad_bias
+    @property
+    def rows_dim(self) -> int:
+        return 0
 
-    wanted = (needs_input, needs_weight)
-    if keep.select == "element":
-        grad = mask_elements(grad, keep)
-        return *_products(grad, input, weight, wanted), grad.sum(0) if needs_bias else grad_bias
-    kept = select_channels(grad, 1, 1, keep)
-    grad = take_features(grad, kept)
-    if needs_bias:
-        grad_bias = grad.new_zeros(weight.shape[0]).index_copy_(0, kept, grad.sum(0))
-    return *from_kept(grad, kept, input, weight, keep, wanted), grad_bias
+    def examples(self, grad: Tensor) -> Tensor:
+        return grad
 
+    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
+        return channel_scores(grad, (0,), keep)
 
-def from_kept(
-    grad: Tensor, kept: Tensor, input: Tensor, weight: Tensor, keep: Keep, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input and grad_weight from grad_output's features `kept`, [rows, k]."""
-    grad_input, grad_weight = _products(grad, input, weight.index_select(0, kept), wanted)
-    if grad_weight is not None:
-        grad_weight = of_all_rows(grad_weight, kept, weight, keep)
-    return grad_input, grad_weight
+    def top(self, scores: Tensor, keep: Keep) -> Tensor:
+        return top_channels(scores, 1, int(keep.k))
 
+    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
+        return take_features(grad, kept)
 
-def _products(
-    grad: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    needs_input, needs_weight = wanted
-    return (
-        grad.mm(weight).view(input.shape) if needs_input else None,
-        grad.t().mm(input.reshape(-1, input.shape[-1])) if needs_weight else None,
-    )
+    def from_kept(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        keep: Keep,
+        wanted: Needed,
+    ) -> Pair:
+        of_kept = weight.index_select(0, kept)
+        grads = self.products(grad, self.arrange_input(input), of_kept, others, wanted)
+        grad_input, grad_weight = self.restore(grads, input, weight)
+        if grad_weight is not None:
+            grad_weight = of_all_rows(grad_weight, kept, weight, keep)
+        return grad_input, grad_weight
+
+    def products(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        wanted: Needed,
+    ) -> Pair:
+        return grad.mm(weight) if wanted[0] else None, grad.t().mm(input) if wanted[1] else None
+
+    def of_rows(self, others: Others, kept: Tensor) -> Others:
+        return others
+
+    def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
+        return sums_per_channel(grad, (0,), kept, shape)
 
 
 @sparse
@@ -135,15 +138,13 @@ def linear(
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: meProp, 1706.06197, equations 5 to 8; "unified" form, section 3.3.
     """
-    keep = Keep.given("linear", settings, ("norm_grad", "chained"))
+    keep = Keep.given("linear", settings, WITHOUT)
     check_keep("linear", keep, weight)
     # the rows of a nested tensor lie one after the other; which of its sizes is ragged has no public name
     if getattr(input, "_ragged_idx", None) == 1:
         nested: Any = input
-        values = linear(nested.values(), weight, bias, **keep.arguments())
+        values = linear(nested.values(), weight, bias, **keep.arguments(WITHOUT))
         return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), nested.lengths())
-    if keep.k >= weight.shape[0] or not needs_backward(input, weight, bias):
+    if is_dense(keep, weight.shape[0], weight.shape[0], input, weight, bias):
         return F.linear(input, weight, bias)
-    input, weight, bias = autocast(input, weight, bias, keep.weight_grad)
-    output: Tensor = _SparseLinear.apply(input, weight, bias, keep)
-    return output
+    return run(Linear(), keep, *autocast(input, weight, bias, keep.weight_grad))

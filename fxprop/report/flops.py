@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fxprop.cost import entries_scored
-from fxprop.ops.select import RANDOM
-from fxprop.plan import Chain, Decision, Plan, Site, Sparsity
+from fxprop.ops.selections import SELECTIONS
+from fxprop.plan import Chain, Decision, Plan
 from fxprop.report.records import Gradients, Layer
 from fxprop.report.report import Report
 
@@ -90,9 +89,10 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         sparse = replace(
             sparse, grad_input=_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
         )
-    # element selection masks grad_output and runs the dense kernels
-    executed = sparse if sparsity.select == "channel" else dense
-    select_ops = _select_ops(site, sparsity) if any(needs) else 0
+    assert site.axes is not None
+    selection = SELECTIONS[sparsity.select]
+    executed = sparse if selection.executes else dense
+    select_ops = selection.select_ops(site.axes, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
 
 
@@ -108,17 +108,3 @@ def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
 
 
 _NOTHING = Gradients(0, 0)
-
-
-def _select_ops(site: Site, sparsity: Sparsity) -> int:
-    """Element operations for the scores, and one comparison per candidate of the top-k.
-
-    A norm costs two per entry (magnitude or square, and sum), a single entry's magnitude or a random
-    draw one. A lower bound: top-k's own passes depend on the kernel.
-    """
-    assert site.output_shape is not None
-    assert site.out_channels is not None
-    single = sparsity.select == "element"
-    candidates = math.prod(site.output_shape) if single else site.out_channels
-    draws = candidates if sparsity.score == RANDOM else 0
-    return draws + entries_scored(site, sparsity) * (1 if single else 2) + candidates

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from fxprop.plan import Select, Shape, Status, WeightGrad
+from fxprop.ops.axes import Shape
+from fxprop.plan import Status
 from fxprop.report.units import Unit
+from fxprop.settings import Select, WeightGrad
 from fxprop.version import __version__
 
 SCHEMA = 1

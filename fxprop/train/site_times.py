@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxprop.ops.conv_norm import NORMS, conv_batch_norm
-from fxprop.ops.linear_act import ACTIVATIONS, linear_activation
-from fxprop.ops.select import Keep
-from fxprop.ops.table import OPERATORS, Product, arguments, takes_bias
+from fxprop.ops.catalogue import OPERATORS, Operator, arguments
+from fxprop.ops.reads import Product
+from fxprop.ops.regions.linear_activation import ACTIVATIONS
+from fxprop.ops.regions.table import RegionKind
 from fxprop.plan import Operand, Site, Sparsity
 
 # a timing takes at least so long, in seconds: the call is repeated to fill it
@@ -99,10 +99,10 @@ def _dense(
 ) -> Tensor:
     args, kwargs = arguments(product)
     # an operator that keeps everything is the dense function
-    output: Tensor = OPERATORS[site.op](*args, **kwargs, k=2**62)
+    output: Tensor = OPERATORS[site.op].sparse(*args, **kwargs, k=2**62)
     if sparsity.region:
         assert site.region is not None
-        if site.region.norm is not None:
+        if site.region.norm_class is not None:
             output = _norm(site, leaves, made)(output)
         if site.region.activation is not None:
             output = ACTIVATIONS[site.region.activation](output)
@@ -113,23 +113,22 @@ def _sparse(
     site: Site, sparsity: Sparsity, product: Product, leaves: list[Tensor], made: dict[str, Any]
 ) -> Tensor:
     args, kwargs = arguments(product)
-    keep = Keep.of(sparsity)
-    if not sparsity.region:
-        output: Tensor = OPERATORS[site.op](*args, **kwargs, **keep.arguments(takes_bias(site.op)))
-        return output
-    assert site.region is not None
-    input, weight, bias = args
-    kwargs = {**kwargs, "activation": site.region.activation}
-    if site.region.norm is None:
-        return linear_activation(input, weight, bias, **kwargs, **keep.arguments())
-    kwargs |= keep.arguments(takes_bias=False, takes_norm=True)
-    return conv_batch_norm(input, weight, bias, _norm(site, leaves, made), **kwargs)
+    called: Operator | RegionKind = OPERATORS[site.op]
+    if sparsity.region:
+        assert site.region is not None
+        called = site.region.kind
+        kwargs = {**kwargs, "activation": site.region.activation}
+        if site.region.norm_class is not None:
+            args = (*args, _norm(site, leaves, made))
+    output: Tensor = called.sparse(*args, **kwargs, **sparsity.keep.arguments(called.without))
+    return output
 
 
 def _norm(site: Site, leaves: list[Tensor], made: dict[str, Any]) -> torch.nn.Module:
-    assert site.weight_shape is not None
-    assert site.out_channels is not None
-    norm = NORMS[len(site.weight_shape) - 3](site.out_channels, **made)
+    """A norm like that of the site's region."""
+    assert site.region is not None
+    assert site.region.norm_class is not None
+    norm: torch.nn.Module = site.region.norm_class(*site.region.norm_arguments, **made)
     if site.needs_grad_weight:
         leaves.extend(norm.parameters())
     return norm

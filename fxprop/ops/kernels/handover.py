@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from fxprop.errors import OpError
-from fxprop.ops.select import Keep, part_of, take_channels
+from fxprop.ops.keep import Keep
+from fxprop.ops.kernels.layout import take_channels
+from fxprop.ops.scores import part_of
 
 
 class Handed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Products with a parameter in code that has no graph: seen, and replaced, as they are called.
+"""Products with a parameter in code that has no graph, seen as they are called.
 
 A `TorchFunctionMode` sees every function of torch that Python calls. It follows which tensors are
 parameters or computed from parameters alone, so that `F.linear(x, self.w[expert])` is known for what it is.
@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxprop.ops.attention import decomposed_forward
-from fxprop.ops.select import Keep
-from fxprop.ops.sizes import sizes
-from fxprop.ops.table import OPERATORS, Product, arguments, read, takes_bias
-from fxprop.plan import Sparsity
+from fxprop.ops.catalogue import read
+from fxprop.ops.reads import Product
 
 # (name of the parameter, the product, how to compute it as it stands) -> its result
 OnProduct = Callable[[str, Product, Callable[[], Any]], Any]
@@ -94,44 +92,6 @@ class ProductMode(TorchFunctionMode):
 def _size(tensor: Tensor) -> tuple[int, int]:
     """What decides which of several parameters a computed weight is named by: the matrix, not its scale."""
     return tensor.dim(), tensor.numel()
-
-
-# parameter -> what is kept of it, by how many features there are to choose from
-ProductPlan = Mapping[str, Mapping[int, Sparsity]]
-
-
-class SparseProducts(ProductMode):
-    """Runs the products with some parameters by their sparse operators.
-
-    >>> with SparseProducts({"w": w}, {"w": {512: Sparsity(k=25, n=512, ...)}}):
-    ...     y = F.linear(x, w)
-
-    A product with a number of features that the plan does not know (another part of the weight) keeps
-    the same share.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], plan: ProductPlan) -> None:
-        super().__init__(parameters, self._run)
-        self._plan = plan
-
-    def _run(self, name: str, product: Product, dense: Callable[[], Any]) -> Any:
-        if name not in self._plan:
-            return dense()
-        shapes = (tuple(product.input.shape), tuple(product.weight.shape))
-        found = sizes(product.op, *shapes, None, product.constants)
-        if isinstance(found, str) or product.weight.is_complex():
-            return dense()
-        n = found.out_channels
-        if not (product.op.startswith("conv") and found.groups == n):
-            n //= found.groups
-        known = self._plan[name]
-        sparsity = known.get(n) or next(iter(known.values()))
-        k = sparsity.k
-        if n != sparsity.n and sparsity.select == "channel":
-            k = max(1, int(k * n / sparsity.n + 0.5))
-        args, kwargs = arguments(product)
-        keep = Keep.of(sparsity)._replace(k=k)
-        return OPERATORS[product.op](*args, **kwargs, **keep.arguments(takes_bias(product.op)))
 
 
 def described(product: Product, describe: Callable[[Tensor], Any]) -> Product:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprop.ops.select import is_channels_last
+from fxprop.ops.kernels.layout import is_channels_last
 
 
 def applies(input: Tensor, weight: Tensor, padding: list[int], groups: int) -> bool:

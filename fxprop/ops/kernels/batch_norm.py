@@ -23,19 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxprop.ops import fused
-from fxprop.ops.select import (
-    RANDOM,
-    Keep,
-    is_channels_last,
-    part_of,
-    summed_over_processes,
-    take_channels,
-    wide,
-)
-
-# scores that follow from sums over grad_output alone
-SCORES = ("l1", "l2", RANDOM)
+from fxprop.ops.keep import Keep
+from fxprop.ops.kernels import one_pass
+from fxprop.ops.kernels.layout import is_channels_last, take_channels
+from fxprop.ops.scores import RANDOM, part_of, summed_over_processes, wide
 
 
 class Sums(NamedTuple):
@@ -77,11 +68,11 @@ class NormBackward(NamedTuple):
     def sums(self) -> Sums:
         """Everything that scores and the gradients of gamma and beta are made of, in one pass."""
         given = self._flat()
-        if fused.compiles(self.grad_output):
+        if one_pass.compiles(self.grad_output):
             formula = _plain_sums if self.output is None else _masked_sums
         else:
             formula = _sums_by_aten if self.output is None else _masked_sums_by_aten
-        return Sums(*fused.summed(formula, *given, self.mean, self.invstd, like=self.grad_output))
+        return Sums(*one_pass.summed(formula, *given, self.mean, self.invstd, like=self.grad_output))
 
     def scores(self, sums: Sums | None, keep: Keep) -> Tensor:
         """One score per channel of the norm's grad_input; NaN where an entry is not finite.
@@ -101,7 +92,7 @@ class NormBackward(NamedTuple):
         shift = sums.grad / self.entries
         slope = self.invstd * sums.product / self.entries
         formula = _plain_magnitudes if self.output is None else _masked_magnitudes
-        (scores,) = fused.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
+        (scores,) = one_pass.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
         return scores * self.scale.abs()
 
     def _squares(self, sums: Sums) -> Tensor:
@@ -128,10 +119,10 @@ class NormBackward(NamedTuple):
 
     def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the norm's input, gamma and beta in the channels `kept`, from these alone."""
-        if fused.compiles(self.grad_output):
+        if one_pass.compiles(self.grad_output):
             mean, invstd = (values.index_select(0, kept) for values in (self.mean, self.invstd))
             formula = _plain_sums_of_kept if self.output is None else _masked_sums_of_kept
-            found = fused.compiled(formula, *self._flat(), kept, mean, invstd)
+            found = one_pass.compiled(formula, *self._flat(), kept, mean, invstd)
             sums = None if found is None else Sums(*found)
             gradient = None if sums is None else self._fused_gradient(sums, kept)
             if sums is not None and gradient is not None:
@@ -140,7 +131,7 @@ class NormBackward(NamedTuple):
 
     def _fused_gradient(self, sums: Sums, kept: Tensor) -> Tensor | None:
         """grad_input from the sums of the kept channels; None where formulas are not compiled."""
-        if not fused.compiles(self.grad_output):
+        if not one_pass.compiles(self.grad_output):
             return None
         scale, invstd = (values.index_select(0, kept) for values in (self.scale, self.invstd))
         per_entry = scale / self.entries
@@ -151,7 +142,7 @@ class NormBackward(NamedTuple):
             per_entry * invstd * sums.product,
         )
         formula = _plain_kept if self.output is None else _masked_kept
-        found = fused.compiled(formula, *self._flat(), kept, *constants)
+        found = one_pass.compiled(formula, *self._flat(), kept, *constants)
         if found is None:
             return None
         n, *spatial = self.input.shape[0], *self.input.shape[2:]

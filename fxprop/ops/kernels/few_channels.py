@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxprop.ops.select import is_channels_last
+from fxprop.ops.kernels.layout import is_channels_last
 
 # channels that the convolution kernels compute at once
 _BLOCK = 16

@@ -1,0 +1,60 @@
+"""The one backward: select, then compute with what is left, for every operator and selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprop.ops.form import Form, Gradients, Others
+from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
+from fxprop.ops.keep import Keep
+from fxprop.ops.selections import SELECTIONS, Wanted
+
+
+def run(
+    form: Form, keep: Keep, input: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Tensor
+) -> Tensor:
+    """The dense operator's output, whose backward keeps what `keep` says."""
+    output: Tensor = _Sparse.apply(form, keep, input, weight, bias, *others)
+    return output
+
+
+class _Sparse(SparseFunction):
+    """An operator with a sparse backward."""
+
+    @staticmethod
+    def forward(
+        form: Form, keep: Keep, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
+    ) -> Tensor:
+        return form.forward(input, weight, bias, others)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.form, ctx.keep, input, weight, bias, *others = inputs
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.save_for_backward(input, weight, *others)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, *others = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
+            grads = _backward(ctx, grad_output, input, weight, tuple(others))
+        marked = refuse_double_backward(grads, (grad_output, input, weight))
+        return None, None, *marked, *(None for _ in others)
+
+
+def _backward(ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor, others: Others) -> Gradients:
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
+    form, keep = ctx.form, ctx.keep
+    grad = form.arrange(grad_output, weight)
+    full_bias = None
+    if needs_bias and keep.bias_grad == "full":
+        full_bias = form.bias(grad, None, weight, ctx.bias_shape)
+        needs_bias = False
+    if not (needs_input or needs_weight or needs_bias):
+        return None, None, full_bias
+    wanted = Wanted(needs_input, needs_weight, ctx.bias_shape if needs_bias else None)
+    found = SELECTIONS[keep.select].backward(form, keep, grad, input, weight, others, wanted)
+    return found[0], found[1], full_bias if full_bias is not None else found[2]

@@ -1,0 +1,116 @@
+"""An operator and what lies between it and the gradient that arrives, with one backward for both."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fxprop.ops.form import Form
+from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
+from fxprop.ops.keep import Keep
+from fxprop.ops.kernels.handover import ChainEnd
+
+Some = tuple[Tensor | None, ...]
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed: of input, weight, bias, and of each of the epilogue's own tensors."""
+
+    input: bool
+    weight: bool
+    bias: bool
+    own: tuple[bool, ...]
+
+
+class Behind(NamedTuple):
+    """What an epilogue makes of the gradient that arrives."""
+
+    # indices of the kept channels, and the gradient of the operator's output there; None where not needed
+    kept: Tensor | None
+    grad: Tensor | None
+    # gradients of the operator's bias and of the epilogue's own tensors
+    bias: Tensor | None
+    own: Some
+
+
+class Epilogue(Protocol):
+    """Norm, activation or both. Only channels can be kept behind one."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The region's output, and what else the backward is made of."""
+
+    def saved(
+        self, own: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """What of its own tensors and of `forward`'s outputs the backward needs."""
+
+    def chain(self, keep: Keep) -> ChainEnd | None:
+        """What the convolution behind is handed, if the backward reads only a part of its gradient."""
+
+    def behind(
+        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+    ) -> Behind:
+        """The backward, for the kept channels; what was saved is in `ctx.saved_tensors[2:]`."""
+
+
+def run_region(
+    form: Form,
+    epilogue: Epilogue,
+    keep: Keep,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *own: Tensor | None,
+) -> Tensor:
+    """The output of the operator and the epilogue, whose backward keeps what `keep` says.
+
+    `own` are the epilogue's tensors that get gradients.
+    """
+    outputs = _SparseRegion.apply(form, epilogue, keep, input, weight, bias, *own)
+    result: Tensor = outputs[0]
+    return result
+
+
+class _SparseRegion(SparseFunction):
+    @staticmethod
+    def forward(
+        form: Form,
+        epilogue: Epilogue,
+        keep: Keep,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *own: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = epilogue.forward(form.forward(input, weight, bias, ()))
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.form, ctx.epilogue, ctx.keep, input, weight, _, *own = inputs
+        ctx.own = len(own)
+        ctx.chain = ctx.epilogue.chain(ctx.keep)
+        ctx.mark_non_differentiable(*output[1:])
+        # or autograd would fill a tensor with zeros for each of them
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, *ctx.epilogue.saved(tuple(own), output))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Some:
+        if grad_output is None:
+            nothing: Some = (None,) * (6 + ctx.own)
+            return nothing
+        input, weight, *saved = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, *needs_own = ctx.needs_input_grad[3:]
+        needs = Needs(needs_input, needs_weight, needs_bias, tuple(needs_own))
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
+            found = ctx.epilogue.behind(ctx.form, ctx.keep, grad_output, weight, ctx, needs)
+            pair: tuple[Tensor | None, Tensor | None] = None, None
+            if found.kept is not None and found.grad is not None:
+                pair = ctx.form.from_kept(
+                    found.grad, found.kept, input, weight, (), ctx.keep, (needs_input, needs_weight)
+                )
+        used = [t for t in (grad_output, input, weight, *saved) if t is not None and t.requires_grad]
+        return None, None, None, *refuse_double_backward((*pair, found.bias, *found.own), used)

@@ -1,0 +1,149 @@
+"""Linear layer and activation as one operator whose backward computes the kept features alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxprop.errors import OpError
+from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
+from fxprop.ops.form import Form
+from fxprop.ops.keep import Keep
+from fxprop.ops.kernels import one_pass
+from fxprop.ops.kernels.handover import ChainEnd
+from fxprop.ops.kernels.layout import take_features
+from fxprop.ops.linear import Linear, linear
+from fxprop.ops.regions.epilogue import Behind, Needs, run_region
+from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, summed_over_processes, wide
+from fxprop.settings import KeepArgs
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+# keywords of other operators
+WITHOUT = ("norm_grad", "chained")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+# entries at a time. Not by inductor, whose erf and exp in sums over rows took 3 to 4 times as long
+_PIECE = 2**20
+
+_aten = torch.ops.aten
+# (gradient of the activation's output, its input; ReLU's output does as well) -> gradient of its input
+_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, input: _aten.threshold_backward(grad, input, 0),
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": functools.partial(_aten.gelu_backward, approximate="tanh"),
+    "silu": _aten.silu_backward,
+}
+
+
+@sparse
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation,
+    **settings: Unpack[KeepArgs],
+) -> Tensor:
+    """`activation(linear(input, weight, bias))`, whose backward computes only the kept features.
+
+    >>> y = fxprop.ops.linear_activation(x, weight, bias, activation="gelu", k=154)
+
+    The same gradients as `gelu(linear(x, weight, bias, k=k))` within rounding. The gradient behind the
+    activation is read once for the scores and the bias, and is written for the kept features only.
+
+    Args:
+        input, weight, bias: as in `linear`.
+        activation: "relu", "gelu", "gelu_tanh" (gelu with approximate="tanh") or "silu".
+        k, score, bias_grad, sync_selection, score_fraction, weight_grad: as in `linear`; select is
+            "channel".
+
+    Another select, registered scores, devices other than the CPU, where it was not measured, and
+    torch.compile, which fuses by itself, call the two one after the other. Raises OpError for arguments
+    it cannot take and on double backward. Source: 1706.06197, section 3.3.
+    """
+    keep = Keep.given("linear_activation", settings, WITHOUT)
+    if activation not in ACTIVATIONS:
+        raise OpError(
+            f"linear_activation: activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
+        )
+    if (
+        input.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or keep.select != "channel"
+        or keep.score not in FROM_SUMS
+        or is_dense(keep, weight.shape[0], weight.shape[0], input, weight, bias)
+    ):
+        return ACTIVATIONS[activation](linear(input, weight, bias, **keep.arguments(WITHOUT)))
+    check_keep("linear_activation", keep, weight)
+    tensors = autocast(input, weight, bias, keep.weight_grad)
+    return run_region(Linear(), _Activation(activation), keep, *tensors)
+
+
+class _Activation(NamedTuple):
+    """See `fxprop.ops.regions.epilogue.Epilogue`."""
+
+    name: Activation
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        # ReLU's backward can be told from its output
+        return (features.relu_(),) if self.name == "relu" else (ACTIVATIONS[self.name](features), features)
+
+    def saved(
+        self, own: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        return (outputs[-1],)
+
+    def chain(self, keep: Keep) -> ChainEnd | None:
+        return None
+
+    def behind(
+        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+    ) -> Behind:
+        # [rows, out_features]
+        grad, before = (form.arrange(t, weight) for t in (grad_output, ctx.saved_tensors[2]))
+
+        def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+            formula = _sums(self.name, 2 if keep.score == "l2" else 1)
+            return one_pass.in_pieces(formula, grad, before, like=grad, entries=_PIECE)
+
+        grad_bias = None
+        if needs.bias and keep.bias_grad == "full":
+            total, scores = sums(grad, before)
+            grad_bias = total.to(weight.dtype)
+            if not (needs.input or needs.weight):
+                return Behind(None, None, grad_bias, ())
+        if keep.score == RANDOM:
+            scores = torch.rand(weight.shape[0], device=grad.device)
+        elif grad_bias is None or keep.score_fraction != 1:
+            _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
+        if keep.sync_selection:
+            scores = summed_over_processes(scores)
+        kept = form.top(scores, keep)
+        taken = _BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
+        if needs.bias and grad_bias is None:
+            grad_bias = form.bias(taken, kept, weight, weight.shape[:1])
+        return Behind(kept, taken, grad_bias, ())
+
+
+@functools.cache
+def _sums(activation: str, order: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The formula for sums over the rows of g and of its magnitudes or squares, [features] each."""
+    through = _BACKWARDS[activation]
+
+    def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        behind = wide(through(grad, before))
+        return behind.sum(0), (behind.abs() if order == 1 else behind.square()).sum(0)
+
+    return sums

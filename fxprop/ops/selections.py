@@ -1,0 +1,197 @@
+"""What a selection is: what it chooses from, what of it is computed, and the backward of what it keeps.
+
+The plan, the cost model, the report and the operators ask the same object. Another selection is another
+class here, and its word in `fxprop.settings.Select`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fxprop.ops.axes import Axes
+from fxprop.ops.form import Form, Gradients, Others
+from fxprop.ops.keep import Keep
+from fxprop.ops.scores import RANDOM, entry_scores
+from fxprop.settings import LayerSettings
+
+
+class Wanted(NamedTuple):
+    """Which gradients are, besides a bias's that is computed from all of grad_output."""
+
+    input: bool
+    weight: bool
+    # the shape of the bias whose gradient comes from what is kept
+    bias: torch.Size | None
+
+
+class Sizes(NamedTuple):
+    """Entries of a layer's input, weight and output."""
+
+    input: float
+    weight: float
+    output: float
+
+
+class Selection(Protocol):
+    """A value of `select`."""
+
+    # what it counts: "4 of 64 channels"
+    unit: str
+    # whether channels are chosen, once for all examples: what else is set for those has a meaning then
+    of_channels: bool
+    # whether what is kept is all that is computed
+    executes: bool
+    # whether there are as many to choose from as the batch has; then k is a share in generated code
+    counts_batch: bool
+
+    def n(self, axes: Axes) -> int | None:
+        """How many one choice is made from; None where shapes are not known."""
+
+    def scored(self, axes: Axes, of: LayerSettings) -> int:
+        """Entries of grad_output that are read for the scores of a layer with known shapes."""
+
+    def select_ops(self, axes: Axes, of: LayerSettings) -> int:
+        """Element operations for the scores, and one comparison per candidate.
+
+        A norm costs two per entry (magnitude or square, and sum), a single entry's magnitude or a random
+        draw one. A lower bound: top-k's own passes depend on the kernel.
+        """
+
+    def moved_by_product(self, sizes: Sizes, share: float, depthwise: bool) -> float:
+        """Entries that a product of the sparse backward reads and writes. Asked only if `executes`."""
+
+    def moved_once(self, sizes: Sizes, share: float) -> float:
+        """Entries that gathering what is kept reads and writes."""
+
+    def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
+        """Whether k is all of n channels, or of an example's entries, so that the dense operator is run."""
+
+    def backward(
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        wanted: Wanted,
+    ) -> Gradients:
+        """The gradients of input, weight and bias from what is kept of `grad`, which `form` arranged."""
+
+
+class Channel:
+    """Whole output channels for the whole batch: meProp's unified form (1706.06197, section 3.3)."""
+
+    unit = "channels"
+    of_channels = True
+    executes = True
+    counts_batch = False
+
+    def n(self, axes: Axes) -> int | None:
+        return axes.n
+
+    def scored(self, axes: Axes, of: LayerSettings) -> int:
+        entries, rows = axes.entries, axes.rows
+        assert entries is not None
+        assert rows is not None
+        if of.score == RANDOM or not entries:
+            return 0
+        return math.ceil(of.score_fraction * rows) * entries // rows
+
+    def select_ops(self, axes: Axes, of: LayerSettings) -> int:
+        draws = axes.channels if of.score == RANDOM else 0
+        return draws + 2 * self.scored(axes, of) + axes.channels
+
+    def moved_by_product(self, sizes: Sizes, share: float, depthwise: bool) -> float:
+        # a depthwise convolution reads and writes the kept channels of its input only
+        of_input = share if depthwise else 1.0
+        return share * (sizes.output + sizes.weight) + of_input * sizes.input
+
+    def moved_once(self, sizes: Sizes, share: float) -> float:
+        return 2 * share * (sizes.output + sizes.weight)
+
+    def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
+        return k >= n
+
+    def backward(
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        wanted: Wanted,
+    ) -> Gradients:
+        kept = form.top(form.scores(grad, keep, others), keep)
+        grad = form.take(grad, kept, others)
+        grads = form.from_kept(grad, kept, input, weight, others, keep, (wanted.input, wanted.weight))
+        return *grads, None if wanted.bias is None else form.bias(grad, kept, weight, wanted.bias)
+
+
+class Element:
+    """The top-k entries of each example: meProp's first form (1706.06197, equation 5).
+
+    grad_output is masked and the dense kernels run. k is capped: a smaller image than the one the plan was
+    made for has fewer entries. An entry that is not finite ranks highest, but by "random".
+    """
+
+    unit = "elements"
+    of_channels = False
+    executes = False
+    counts_batch = False
+
+    def n(self, axes: Axes) -> int | None:
+        return axes.example
+
+    def scored(self, axes: Axes, of: LayerSettings) -> int:
+        assert axes.entries is not None
+        return 0 if of.score == RANDOM else axes.entries
+
+    def select_ops(self, axes: Axes, of: LayerSettings) -> int:
+        assert axes.entries is not None
+        return 2 * axes.entries
+
+    def moved_by_product(self, sizes: Sizes, share: float, depthwise: bool) -> float:
+        return sum(sizes)
+
+    def moved_once(self, sizes: Sizes, share: float) -> float:
+        return 2 * sizes.output
+
+    def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
+        return example is not None and k >= example
+
+    def backward(
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        others: Others,
+        wanted: Wanted,
+    ) -> Gradients:
+        grad = mask_entries(form.examples(grad), keep).view(grad.shape)
+        grads = form.products(
+            grad, form.arrange_input(input), weight, others, (wanted.input, wanted.weight)
+        )
+        grad_input, grad_weight = form.restore(grads, input, weight)
+        return (
+            grad_input,
+            grad_weight,
+            None if wanted.bias is None else form.bias(grad, None, weight, wanted.bias),
+        )
+
+
+def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:
+    """`grad_output` [examples, n] with all but the top-k entries of each example set to zero."""
+    scores = entry_scores(grad_output, keep)
+    kept = scores.topk(min(int(keep.k), scores.shape[1]), dim=1, sorted=False).indices
+    return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))
+
+
+SELECTIONS: dict[str, Selection] = {"channel": Channel(), "element": Element()}
