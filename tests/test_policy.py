@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 import fxprop
 from fxprop import policy_files
 from fxprop.errors import PolicyError
-from fxprop.ops.catalogue import OPERATORS
+from fxprop.ops.axes import Shapes, of_convolution, of_linear
 from fxprop.plan import Site
 from fxprop.policy import Policy, Rule
 
 
 def site(name="a.b", n=100, **fields):
-    axes = None if "skip" in fields else OPERATORS["linear"].axes(None, (n, 4), None, {})
+    axes = None if "skip" in fields else of_linear(Shapes(None, (n, 4), None))
     fields = {"op": "linear", "node": name, "types": ("Linear",), "axes": axes, **fields}
     return Site(name=name, **fields)
 
@@ -119,7 +119,7 @@ def test_nothing_given_is_dense():
 
 def test_n_of_grouped_depthwise_and_element():
     def convolution(weight, output, groups=1):
-        axes = OPERATORS["conv2d"].axes(None, weight, output, {"groups": groups})
+        axes = of_convolution(Shapes(None, weight, output, {"groups": groups}))
         return site(op="conv2d", axes=axes)
 
     grouped = convolution((12, 2, 3, 3), (2, 12, 5, 4), groups=3)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fxprop
 from fxprop import ops
 from fxprop.errors import OpError
+from fxprop.ops.axes import Shapes
 from fxprop.ops.catalogue import OPERATORS
 
 DOUBLE = torch.double
@@ -263,7 +264,7 @@ def loops(op, x, w, constants):
     [("addmm", (3, 4), (4, 5), {}), ("conv_transpose1d", (2, 4, 6), (4, 3, 5), {"groups": 2})],
 )
 def test_multiply_adds_by_loops(op, x, w, constants):
-    assert OPERATORS[op].axes(x, w, None, constants).multiply_adds == loops(op, x, w, constants)
+    assert OPERATORS[op].axes(Shapes(x, w, None, constants)).multiply_adds == loops(op, x, w, constants)
 
 
 def test_public_operators_are_documented():

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fxprop.frontends.hooks import hooks_of
 from fxprop.frontends.leaves import own_parameters
 from fxprop.frontends.record import USED, GraphCall, TensorInfo, tensor_info
+from fxprop.ops.axes import Shapes
 from fxprop.ops.catalogue import OPERATORS
 from fxprop.plan import Call, Site
 
@@ -138,16 +139,16 @@ def with_axes(
 
     `reached`: whether a backward comes to it.
     """
-    shapes = [tensor.shape if tensor else None for tensor in (input, output)]
-    axes = OPERATORS[site.op].axes(shapes[0], weight.shape, shapes[1], constants)
+    of = Shapes(input.shape if input else None, weight.shape, output.shape if output else None, constants)
+    axes = OPERATORS[site.op].axes(of)
     if isinstance(axes, str):
         return replace(site, call=None, skip=axes)
     return replace(
         site,
         axes=axes,
-        input_shape=shapes[0],
+        input_shape=of.input,
         weight_shape=weight.shape,
-        output_shape=shapes[1],
+        output_shape=of.output,
         is_complex=weight.dtype.is_complex or (input is not None and input.dtype.is_complex),
         needs_grad_input=reached and (input is None or input.requires_grad),
         needs_grad_weight=reached and weight.requires_grad,

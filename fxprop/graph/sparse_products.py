@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxprop.frontends.products import ProductMode
+from fxprop.ops.axes import Shapes
 from fxprop.ops.catalogue import OPERATORS, arguments
 from fxprop.ops.reads import Product
 from fxprop.ops.selections import SELECTIONS
@@ -35,9 +36,8 @@ class SparseProducts(ProductMode):
         if name not in self._plan:
             return dense()
         operator = OPERATORS[product.op]
-        axes = operator.axes(
-            tuple(product.input.shape), tuple(product.weight.shape), None, product.constants
-        )
+        shapes = tuple(product.input.shape), tuple(product.weight.shape), None
+        axes = operator.axes(Shapes(*shapes, product.constants))
         if isinstance(axes, str) or product.weight.is_complex():
             return dense()
         known = self._plan[name]

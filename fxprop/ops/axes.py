@@ -1,6 +1,6 @@
 """What a channel is: the axes of one use of a weight, by operator.
 
->>> of_linear((8, 512), (1000, 512), (8, 1000), {})
+>>> of_linear(Shapes((8, 512), (1000, 512), (8, 1000)))
 Axes(groups=1, features=1000, rows=8, example=1000, multiply_adds=4096000, ...)
 """
 
@@ -66,105 +66,92 @@ def channel_runs(groups: int, features: int) -> tuple[int, int]:
     return (1, groups) if features == 1 else (groups, features)
 
 
-def of_convolution(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+class Shapes(NamedTuple):
+    """What axes follow from; input and output are None where they are not known."""
+
+    input: Shape | None
+    weight: Shape
+    output: Shape | None
+    # stride, equation, ...: by the operator's keyword
+    constants: Mapping[str, Any] = {}
+
+
+def of_convolution(of: Shapes) -> Axes | str:
     """Weight [C_out, C_in/groups, *kernel], input and output [N, C, *spatial] or [C, *spatial]."""
-    groups = constants.get("groups", 1)
-    if len(weight) < 2 or 0 in weight or weight[0] % groups:
-        return f"weight of shape {weight} with groups={groups}"
-    features = weight[0] // groups
-    return _convolution(groups, features, weight, output, _times(output, weight[1:]), weight_rows=True)
+    features = of.weight[0] // of.constants.get("groups", 1)
+    return _convolution(of, features, _times(of.output, of.weight[1:]), weight_rows=True)
 
 
-def of_transposed(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_transposed(of: Shapes) -> Axes | str:
     """Weight [C_in, C_out/groups, *kernel]: every entry of the input meets the kernels of its group."""
-    groups = constants.get("groups", 1)
-    if len(weight) < 2 or 0 in weight or weight[0] % groups:
-        return f"weight of shape {weight} with groups={groups}"
-    return _convolution(groups, weight[1], weight, output, _times(input, weight[1:]), weight_rows=False)
+    return _convolution(of, of.weight[1], _times(of.input, of.weight[1:]), weight_rows=False)
 
 
-def _convolution(
-    groups: int,
-    features: int,
-    weight: Shape,
-    output: Shape | None,
-    multiply_adds: int | None,
-    weight_rows: bool,
-) -> Axes:
+def _convolution(of: Shapes, features: int, multiply_adds: int | None, weight_rows: bool) -> Axes | str:
+    groups, rank = of.constants.get("groups", 1), len(of.weight)
+    if 0 in of.weight or of.weight[0] % groups:
+        return f"weight of shape {of.weight} with groups={groups}"
     rows = example = None
-    if output is not None:
-        rows = output[0] if len(output) == len(weight) else 1
-        example = math.prod(output[-(len(weight) - 1) :])
+    if of.output is not None:
+        rows = of.output[0] if len(of.output) == rank else 1
+        example = math.prod(of.output[1 - rank :])
     return Axes(groups, features, rows, example, multiply_adds, features == 1, weight_rows)
 
 
-def of_linear(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_linear(of: Shapes) -> Axes | str:
     """Weight [out_features, in_features], input and output [*, features]."""
-    if len(weight) < 2 or 0 in weight:
-        return f"weight of shape {weight}"
-    features = weight[0]
-    rows = None if output is None else math.prod(output[:-1])
-    return Axes(1, features, rows, features, _times(output, weight[1:]), weight_rows=True)
+    if len(of.weight) < 2 or 0 in of.weight:
+        return f"weight of shape {of.weight}"
+    features = of.weight[0]
+    rows = None if of.output is None else math.prod(of.output[:-1])
+    return Axes(1, features, rows, features, _times(of.output, of.weight[1:]), weight_rows=True)
 
 
-def of_addmm(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_addmm(of: Shapes) -> Axes | str:
     """Input [rows, in_features], weight [in_features, out_features]."""
-    rows = None if input is None else input[0]
-    return Axes(1, weight[1], rows, weight[1], None if rows is None else rows * math.prod(weight))
+    features = of.weight[1]
+    rows = None if of.input is None else of.input[0]
+    return Axes(1, features, rows, features, _times(of.input, (features,)))
 
 
-def of_grouped_mm(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_grouped_mm(of: Shapes) -> Axes | str:
     """Input [rows, in_features], weight [experts, in_features, out_features]."""
-    if len(weight) != 3 or (input is not None and len(input) != 2):
-        return f"grouped_mm of {input} and {weight}: not the rows of experts"
-    experts, in_features, features = weight
-    rows = None if input is None else input[0]
-    return Axes(experts, features, rows, features, None if rows is None else rows * in_features * features)
+    if len(of.weight) != 3 or (of.input is not None and len(of.input) != 2):
+        return f"grouped_mm of {of.input} and {of.weight}: not the rows of experts"
+    experts, _, features = of.weight
+    rows = None if of.input is None else of.input[0]
+    return Axes(experts, features, rows, features, _times(of.input, (features,)))
 
 
-def of_matmul(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_matmul(of: Shapes) -> Axes | str:
     """Operands as torch.matmul takes them."""
-    if input is None:
+    if of.input is None:
         return "the rank of its input is known only with example_inputs"
-    indices = matmul_indices(len(input), len(weight), constants["weight"])
-    return _product("matmul", indices, input, weight)
+    return _product("matmul", matmul_indices(len(of.input), len(of.weight), of.constants["weight"]), of)
 
 
-def of_einsum(
-    input: Shape | None, weight: Shape, output: Shape | None, constants: Mapping[str, Any]
-) -> Axes | str:
+def of_einsum(of: Shapes) -> Axes | str:
     """Operands as the equation names them."""
-    indices = einsum_indices(constants["equation"], constants["weight"])
+    equation = of.constants["equation"]
+    indices = einsum_indices(equation, of.constants["weight"])
     if indices is None:
-        return f"einsum {constants['equation']!r} does not name every index of its operands"
-    return _product("einsum", indices, input, weight)
+        return f"einsum {equation!r} does not name every index of its operands"
+    return _product("einsum", indices, of)
 
 
-def _product(op: str, indices: Indices, input: Shape | None, weight: Shape) -> Axes | str:
+def _product(op: str, indices: Indices, of: Shapes) -> Axes | str:
     problem = indices.problem()
     if problem is not None:
         return f"{op}: {problem}"
-    of = dict(zip(indices.weight, weight, strict=True))
-    for letter, size in zip(indices.input, input or (), strict=False):
-        if of.setdefault(letter, size) != size:
-            return f"{op} of {input} and {weight} broadcasts, which has no sparse backward"
-    batch, features = (math.prod(of[i] for i in part) for part in (indices.batch, indices.features))
-    if input is None:
+    sizes = dict(zip(indices.weight, of.weight, strict=True))
+    for letter, size in zip(indices.input, of.input or (), strict=False):
+        if sizes.setdefault(letter, size) != size:
+            return f"{op} of {of.input} and {of.weight} broadcasts, which has no sparse backward"
+    batch, features = (math.prod(sizes[i] for i in part) for part in (indices.batch, indices.features))
+    if of.input is None:
         return Axes(batch, features, None, features, None, matrices=batch)
-    rows = math.prod(of[i] for i in indices.rows)
-    return Axes(batch, features, rows, features, math.prod(of.values()), matrices=batch)
+    rows = math.prod(sizes[i] for i in indices.rows)
+    return Axes(batch, features, rows, features, math.prod(sizes.values()), matrices=batch)
 
 
 def _times(shape: Shape | None, of_weight: Shape) -> int | None:

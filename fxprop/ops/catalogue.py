@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprop.errors import OpError
-from fxprop.ops import axes, convolution, products, reads, registered
-from fxprop.ops.axes import Axes, Shape
+from fxprop.ops import axes, convolution, reads, registered
+from fxprop.ops.axes import Axes, Shapes
 from fxprop.ops.grouped_mm import WITHOUT as WITHOUT_GROUPED_MM
 from fxprop.ops.grouped_mm import grouped_mm
 from fxprop.ops.linear import WITHOUT as WITHOUT_LINEAR
 from fxprop.ops.linear import linear
+from fxprop.ops.products import WITHOUT, WITHOUT_ADDMM, addmm, einsum, matmul
 from fxprop.ops.reads import Product, Reads
 
 
@@ -33,8 +34,8 @@ class Operator:
     dense: Callable[..., Any]
     # keywords that the operator lacks
     without: tuple[str, ...]
-    # (input's, weight's and output's shapes, constants) -> its axes, or why it has no sparse backward
-    axes: Callable[[Shape | None, Shape, Shape | None, Mapping[str, Any]], Axes | str]
+    # its axes, or why it has no sparse backward
+    axes: Callable[[Shapes], Axes | str]
     # calls that are this function
     reads: tuple[Reads, ...] = ()
     # module classes that compute it, and the attributes that are its constants
@@ -53,30 +54,52 @@ _CONV = ("stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
+def _everywhere(*names: str) -> tuple[Any, ...]:
+    """The functions of torch, methods of tensors and operators of aten with these names."""
+    return tuple(
+        found
+        for name in names
+        for found in (getattr(torch, name), getattr(torch.Tensor, name), getattr(_aten, name).default)
+    )
+
+
 def _convolution(dims: int, module: type[nn.Module]) -> Operator:
     name = f"conv{dims}d"
-    dense, packet = getattr(F, name), getattr(_aten, name)
+    sparse, dense, packet = (getattr(of, name) for of in (convolution, F, _aten))
     calls = Reads((dense, packet.default, packet.padding), reads.CONV, reads.plain(name))
-    sparse = getattr(convolution, name)
-    return Operator(
-        sparse, dense, convolution.WITHOUT, axes.of_convolution, (calls,), (module,), attributes=_CONV
-    )
+    return Operator(sparse, dense, convolution.WITHOUT, axes.of_convolution, (calls,), (module,), _CONV)
 
 
 def _transposed(dims: int, module: type[nn.Module]) -> Operator:
     name = f"conv_transpose{dims}d"
-    dense, packet = getattr(F, name), getattr(_aten, name)
+    sparse, dense, packet = (getattr(of, name) for of in (convolution, F, _aten))
     functions = (dense, packet.default if dims == 1 else packet.input)
-    return Operator(
-        getattr(convolution, name),
-        dense,
-        convolution.WITHOUT_TRANSPOSED,
-        axes.of_transposed,
-        (Reads(functions, reads.CONV_TRANSPOSE, reads.plain(name)),),
-        (module,),
-        attributes=_CONV_TRANSPOSE,
-    )
+    calls = Reads(functions, reads.CONV_TRANSPOSE, reads.plain(name))
+    without = convolution.WITHOUT_TRANSPOSED
+    return Operator(sparse, dense, without, axes.of_transposed, (calls,), (module,), _CONV_TRANSPOSE)
 
+
+_LINEAR = Reads((F.linear, _aten.linear.default), reads.LINEAR, reads.plain("linear"))
+_MATMUL = (
+    Reads(
+        # `a @ b`, as Python and as graphs have it
+        (*_everywhere("matmul"), torch.Tensor.__matmul__, operator.matmul),
+        reads.MATMUL,
+        reads.read_matmul,
+    ),
+    Reads(_everywhere("mm", "bmm"), reads.MM, reads.read_matmul),
+)
+_ADDMM = Reads(_everywhere("addmm"), reads.ADDMM, reads.read_addmm)
+_EINSUM = (
+    Reads((torch.einsum,), reads.EINSUM, reads.read_einsum),
+    Reads((_aten.einsum.default,), reads.ATEN_EINSUM, reads.read_einsum),
+)
+_GROUPED_MM = Reads(
+    # the second is what the first calls inside torch.nn.functional
+    (F.grouped_mm, torch._grouped_mm, _aten._grouped_mm.default),
+    reads.GROUPED_MM,
+    reads.read_grouped_mm,
+)
 
 OPERATORS = {
     of.name: of
@@ -87,70 +110,12 @@ OPERATORS = {
         _transposed(1, nn.ConvTranspose1d),
         _transposed(2, nn.ConvTranspose2d),
         _transposed(3, nn.ConvTranspose3d),
+        Operator(linear, F.linear, WITHOUT_LINEAR, axes.of_linear, (_LINEAR,), (nn.Linear,)),
+        Operator(matmul, torch.matmul, WITHOUT, axes.of_matmul, _MATMUL, takes_bias=False),
+        Operator(addmm, torch.addmm, WITHOUT_ADDMM, axes.of_addmm, (_ADDMM,)),
+        Operator(einsum, torch.einsum, WITHOUT, axes.of_einsum, _EINSUM, takes_bias=False),
         Operator(
-            linear,
-            F.linear,
-            WITHOUT_LINEAR,
-            axes.of_linear,
-            (Reads((F.linear, _aten.linear.default), reads.LINEAR, reads.plain("linear")),),
-            (nn.Linear,),
-        ),
-        Operator(
-            products.matmul,
-            torch.matmul,
-            products.WITHOUT,
-            axes.of_matmul,
-            (
-                Reads(
-                    (
-                        *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
-                        *(_aten.matmul.default, operator.matmul),  # the latter is `a @ b` in a graph
-                    ),
-                    reads.MATMUL,
-                    reads.read_matmul,
-                ),
-                Reads(
-                    (
-                        *(torch.mm, torch.Tensor.mm, _aten.mm.default),
-                        *(torch.bmm, torch.Tensor.bmm, _aten.bmm.default),
-                    ),
-                    reads.MM,
-                    reads.read_matmul,
-                ),
-            ),
-            takes_bias=False,
-        ),
-        Operator(
-            products.addmm,
-            torch.addmm,
-            products.WITHOUT_ADDMM,
-            axes.of_addmm,
-            (Reads((torch.addmm, torch.Tensor.addmm, _aten.addmm.default), reads.ADDMM, reads.read_addmm),),
-        ),
-        Operator(
-            products.einsum,
-            torch.einsum,
-            products.WITHOUT,
-            axes.of_einsum,
-            (
-                Reads((torch.einsum,), reads.EINSUM, reads.read_einsum),
-                Reads((_aten.einsum.default,), reads.ATEN_EINSUM, reads.read_einsum),
-            ),
-            takes_bias=False,
-        ),
-        Operator(
-            grouped_mm,
-            F.grouped_mm,
-            WITHOUT_GROUPED_MM,
-            axes.of_grouped_mm,
-            (
-                Reads(
-                    # the second is what the first calls inside torch.nn.functional
-                    (F.grouped_mm, torch._grouped_mm, _aten._grouped_mm.default),
-                    reads.GROUPED_MM,
-                    reads.read_grouped_mm,
-                ),
-            ),
+            *(grouped_mm, F.grouped_mm, WITHOUT_GROUPED_MM, axes.of_grouped_mm, (_GROUPED_MM,)),
             takes_bias=False,
         ),
     )

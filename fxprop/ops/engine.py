@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprop.ops.form import Form, Gradients, Others
+from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
-from fxprop.ops.selections import SELECTIONS, Wanted
+from fxprop.ops.selections import SELECTIONS
 
 
 def run(
@@ -28,7 +28,7 @@ class _Sparse(SparseFunction):
     def forward(
         form: Form, keep: Keep, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
     ) -> Tensor:
-        return form.forward(input, weight, bias, others)
+        return form.forward(input, weight, bias, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,14 +38,15 @@ class _Sparse(SparseFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, *others = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = _backward(ctx, grad_output, input, weight, tuple(others))
+            grads = _backward(ctx, grad_output)
+        input, weight, *others = ctx.saved_tensors
         marked = refuse_double_backward(grads, (grad_output, input, weight))
         return None, None, *marked, *(None for _ in others)
 
 
-def _backward(ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor, others: Others) -> Gradients:
+def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
+    input, weight, *others = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
     form, keep = ctx.form, ctx.keep
     grad = form.arrange(grad_output, weight)
@@ -55,6 +56,6 @@ def _backward(ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor, othe
         needs_bias = False
     if not (needs_input or needs_weight or needs_bias):
         return None, None, full_bias
-    wanted = Wanted(needs_input, needs_weight, ctx.bias_shape if needs_bias else None)
-    found = SELECTIONS[keep.select].backward(form, keep, grad, input, weight, others, wanted)
+    of = Operands(input, weight, tuple(others), (needs_input, needs_weight))
+    found = SELECTIONS[keep.select].backward(form, keep, grad, of, ctx.bias_shape if needs_bias else None)
     return found[0], found[1], full_bias if full_bias is not None else found[2]

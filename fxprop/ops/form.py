@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,70 +13,75 @@ from fxprop.ops.keep import Keep
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # of input and weight
 Pair = tuple[Tensor | None, Tensor | None]
-# whether those of input and weight are needed
-Needed = tuple[bool, bool]
-# tensors that take part besides input, weight and bias, as the offsets of experts' rows
-Others = tuple[Tensor, ...]
 
 
-class Form(Protocol):
-    """One call of an operator: its constants, and its backward's parts."""
+class Operands(NamedTuple):
+    """What the backward of a call reads, and which gradients are needed."""
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
+    input: Tensor
+    weight: Tensor
+    # tensors that take part besides, as the offsets of experts' rows
+    others: tuple[Tensor, ...]
+    # of input and weight
+    needed: tuple[bool, bool]
+
+
+class Form:
+    """One call of an operator: its constants, and its backward's parts.
+
+    What most operators have in common is done here.
+    """
+
+    # the dimension of examples or rows in what `arrange` gives; 1 where a batch of matrices comes first
+    rows_dim = 0
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
         """The dense operator, bit for bit."""
+        raise NotImplementedError
 
     def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        """grad_output as all methods below take it, with examples or rows along `rows_dim`."""
+        """grad_output as all methods below take it."""
+        return grad_output
 
     def arrange_input(self, input: Tensor) -> Tensor:
         """The input, with the same rows along `rows_dim`."""
+        return input
 
-    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
+    def restore(self, grads: Pair, of: Operands) -> Pair:
         """Gradients of the arranged input, and of the weight, in the shapes of the two."""
-
-    @property
-    def rows_dim(self) -> int:
-        """0, or 1 where a batch of matrices comes first."""
+        return grads
 
     def examples(self, grad: Tensor) -> Tensor:
         """`grad` as [examples, entries]."""
+        return grad
 
-    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
+    def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         """A score per channel, over all rows."""
+        raise NotImplementedError
 
-    def top(self, scores: Tensor, keep: Keep) -> Tensor:
+    def top(self, scores: Tensor, k: int) -> Tensor:
         """Indices of the k channels with the highest scores, in each run of them."""
+        raise NotImplementedError
 
-    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
+    def take(self, grad: Tensor, kept: Tensor, of: Operands) -> Tensor:
         """The kept channels of `grad`."""
+        raise NotImplementedError
 
-    def from_kept(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        keep: Keep,
-        wanted: Needed,
-    ) -> Pair:
+    def from_kept(self, grad: Tensor, kept: Tensor, of: Operands, keep: Keep) -> Pair:
         """The gradients of input and weight from what `take` gives."""
+        raise NotImplementedError
 
-    def products(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Needed,
-    ) -> Pair:
-        """The dense gradients of an arranged input, and of the weight."""
+    def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
+        """The dense gradients of an arranged input and the weight; of `of`, only what is not given."""
+        raise NotImplementedError
 
-    def of_rows(self, others: Others, kept: Tensor) -> Others:
-        """`others` for the rows `kept` alone, which are in order."""
+    def others_of_rows(self, kept: Tensor, of: Operands) -> tuple[Tensor, ...]:
+        """The others for the rows `kept` alone, which are in order."""
+        return of.others
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         """The bias's gradient: sums of `grad`, or of its channels `kept`, zero elsewhere."""
+        raise NotImplementedError
 
 
 def sums_per_channel(grad: Tensor, dims: tuple[int, ...], kept: Tensor | None, shape: torch.Size) -> Tensor:

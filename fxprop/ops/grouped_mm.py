@@ -7,7 +7,7 @@ out_features], offs [experts] the end of each expert's rows.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprop.errors import OpError
 from fxprop.ops.calling import check_keep, is_dense, sparse
 from fxprop.ops.engine import run
-from fxprop.ops.form import Needed, Others, Pair
+from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.keep import Keep
 from fxprop.ops.scores import RANDOM, channel_scores, summed_over_processes
 from fxprop.settings import KeepArgs
@@ -28,77 +28,45 @@ WITHOUT = ("bias_grad", "norm_grad", "weight_grad", "chained")
 _ALIGNMENT = 16
 
 
-class GroupedMM(NamedTuple):
-    """A call of the operator, whose `others` are the offsets. See `fxprop.ops.form.Form`."""
+class GroupedMM(Form):
+    """A call of the operator; the other operand are the offsets."""
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
         return F.grouped_mm(input, weight, offs=others[0])
 
     def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return grad_output.contiguous()
 
-    def arrange_input(self, input: Tensor) -> Tensor:
-        return input
-
-    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
-        return grads
-
-    @property
-    def rows_dim(self) -> int:
-        return 0
-
-    def examples(self, grad: Tensor) -> Tensor:
-        return grad
-
-    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
-        (offs,) = others
+    def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
+        (offs,) = of.others
         return _scores(grad, _expert_of_rows(grad, offs), offs, keep)
 
-    def top(self, scores: Tensor, keep: Keep) -> Tensor:
-        return scores.topk(int(keep.k), dim=1).indices  # [experts, k]
+    def top(self, scores: Tensor, k: int) -> Tensor:
+        return scores.topk(k, dim=1).indices  # [experts, k]
 
-    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
-        expert = _expert_of_rows(grad, others[0]).clamp(max=len(kept) - 1)
+    def take(self, grad: Tensor, kept: Tensor, of: Operands) -> Tensor:
+        expert = _expert_of_rows(grad, of.others[0]).clamp(max=len(kept) - 1)
         return _pad(grad.gather(1, kept[expert]))
 
-    def from_kept(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        keep: Keep,
-        wanted: Needed,
-    ) -> Pair:
-        index = kept[:, None, :].expand(-1, weight.shape[1], -1)
-        of_kept = _pad(weight.gather(2, index))
-        grad_input, grad_weight = self.products(grad, input, of_kept, others, wanted)
+    def from_kept(self, grad: Tensor, kept: Tensor, of: Operands, keep: Keep) -> Pair:
+        index = kept[:, None, :].expand(-1, of.weight.shape[1], -1)
+        of_kept = _pad(of.weight.gather(2, index))
+        grad_input, grad_weight = self.products(grad, of.input, of_kept, of)
         if grad_weight is not None:
-            grad_weight = torch.zeros_like(weight).scatter_(2, index, grad_weight[..., : kept.shape[1]])
+            grad_weight = torch.zeros_like(of.weight).scatter_(2, index, grad_weight[..., : kept.shape[1]])
         return grad_input, grad_weight
 
-    def products(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Needed,
-    ) -> Pair:
-        (offs,) = others
+    def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
+        (offs,) = of.others
         return (
-            F.grouped_mm(grad, weight.transpose(1, 2), offs=offs) if wanted[0] else None,
+            F.grouped_mm(grad, weight.transpose(1, 2), offs=offs) if of.needed[0] else None,
             # [experts, in_features, features]
-            F.grouped_mm(input.t(), grad, offs=offs) if wanted[1] else None,
+            F.grouped_mm(input.t(), grad, offs=offs) if of.needed[1] else None,
         )
 
-    def of_rows(self, others: Others, kept: Tensor) -> Others:
-        (offs,) = others
+    def others_of_rows(self, kept: Tensor, of: Operands) -> tuple[Tensor, ...]:
+        (offs,) = of.others
         return (torch.searchsorted(kept, offs.to(kept.dtype)).to(offs.dtype),)
-
-    def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
-        raise AssertionError("grouped_mm has no bias")
 
 
 def _expert_of_rows(grad: Tensor, offs: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Layouts: input [*, in_features], weight [out_features, in_features], grad_output
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.engine import run
-from fxprop.ops.form import Needed, Others, Pair, sums_per_channel
+from fxprop.ops.form import Form, Operands, Pair, sums_per_channel
 from fxprop.ops.function import of_all_rows
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import take_features, top_channels
@@ -45,10 +45,10 @@ def dense_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-class Linear(NamedTuple):
-    """A call of the operator. See `fxprop.ops.form.Form`."""
+class Linear(Form):
+    """A call of the operator."""
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
         return dense_forward(input, weight, bias)
 
     def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -57,54 +57,29 @@ class Linear(NamedTuple):
     def arrange_input(self, input: Tensor) -> Tensor:
         return input.reshape(-1, input.shape[-1])
 
-    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
-        return None if grads[0] is None else grads[0].view(input.shape), grads[1]
+    def restore(self, grads: Pair, of: Operands) -> Pair:
+        return None if grads[0] is None else grads[0].view(of.input.shape), grads[1]
 
-    @property
-    def rows_dim(self) -> int:
-        return 0
-
-    def examples(self, grad: Tensor) -> Tensor:
-        return grad
-
-    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
+    def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         return channel_scores(grad, (0,), keep)
 
-    def top(self, scores: Tensor, keep: Keep) -> Tensor:
-        return top_channels(scores, 1, int(keep.k))
+    def top(self, scores: Tensor, k: int) -> Tensor:
+        return top_channels(scores, 1, k)
 
-    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
+    def take(self, grad: Tensor, kept: Tensor, of: Operands) -> Tensor:
         return take_features(grad, kept)
 
-    def from_kept(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        keep: Keep,
-        wanted: Needed,
-    ) -> Pair:
-        of_kept = weight.index_select(0, kept)
-        grads = self.products(grad, self.arrange_input(input), of_kept, others, wanted)
-        grad_input, grad_weight = self.restore(grads, input, weight)
+    def from_kept(self, grad: Tensor, kept: Tensor, of: Operands, keep: Keep) -> Pair:
+        of_kept = of.weight.index_select(0, kept)
+        grad_input, grad_weight = self.restore(
+            self.products(grad, self.arrange_input(of.input), of_kept, of), of
+        )
         if grad_weight is not None:
-            grad_weight = of_all_rows(grad_weight, kept, weight, keep)
+            grad_weight = of_all_rows(grad_weight, kept, of.weight, keep)
         return grad_input, grad_weight
 
-    def products(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Needed,
-    ) -> Pair:
-        return grad.mm(weight) if wanted[0] else None, grad.t().mm(input) if wanted[1] else None
-
-    def of_rows(self, others: Others, kept: Tensor) -> Others:
-        return others
+    def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
+        return grad.mm(weight) if of.needed[0] else None, grad.t().mm(input) if of.needed[1] else None
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         return sums_per_channel(grad, (0,), kept, shape)

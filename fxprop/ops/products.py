@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Unpack
+from dataclasses import dataclass
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from fxprop.errors import OpError
 from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.engine import run
-from fxprop.ops.form import Needed, Others, Pair
+from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.indices import Indices, WeightSide, einsum_indices, matmul_indices
 from fxprop.ops.keep import Keep
 from fxprop.ops.scores import channel_scores
@@ -28,8 +29,9 @@ WITHOUT_ADDMM = ("norm_grad", "weight_grad", "chained")
 WITHOUT = (*WITHOUT_ADDMM, "bias_grad")
 
 
-class Contraction(NamedTuple):
-    """A call of a product, by the dense function that it is. See `fxprop.ops.form.Form`.
+@dataclass(frozen=True)
+class Contraction(Form):
+    """A call of a product, by the dense function that it is.
 
     Its backward has grad_output as [batch, rows, features], the input as [batch, rows, contracted] and the
     weight as [batch, contracted, features].
@@ -42,6 +44,8 @@ class Contraction(NamedTuple):
     beta: float = 1
     alpha: float = 1
 
+    rows_dim = 1
+
     def dense(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """By the dense function itself, so that its output is the same to the bit."""
         if self.function == "addmm":
@@ -52,7 +56,7 @@ class Contraction(NamedTuple):
             return torch.einsum(self.equation, left, right)
         return torch.matmul(left, right)
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, others: Others) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
         output = self.dense(input, weight, bias)
         # a view would be refused by in-place activations; see ops/linear.py
         result: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
@@ -66,68 +70,44 @@ class Contraction(NamedTuple):
         of = self.indices
         return _arrange(input, of.input, of.batch, of.rows, of.contracted)
 
-    def restore(self, grads: Pair, input: Tensor, weight: Tensor) -> Pair:
-        of = self.indices
-        grad_input, grad_weight = grads
-        if grad_input is not None:
-            grad_input = self.alpha * _restore(
-                grad_input, of.input, of.batch, of.rows, of.contracted, input.shape
-            )
-        if grad_weight is not None:
-            grad_weight = self.alpha * _restore(
-                grad_weight, of.weight, of.batch, of.contracted, of.features, weight.shape
-            )
-        return grad_input, grad_weight
-
-    @property
-    def rows_dim(self) -> int:
-        return 1
-
-    def examples(self, grad: Tensor) -> Tensor:
-        return grad.flatten(0, 1)
-
-    def scores(self, grad: Tensor, keep: Keep, others: Others) -> Tensor:
-        # [rows, batch, features]: scores reduce a leading dimension
-        return channel_scores(grad.transpose(0, 1), (0,), keep)
-
-    def top(self, scores: Tensor, keep: Keep) -> Tensor:
-        return scores.topk(min(int(keep.k), scores.shape[1]), dim=1).indices  # [batch, k]
-
-    def take(self, grad: Tensor, kept: Tensor, others: Others) -> Tensor:
-        return _take(grad, kept)
-
-    def from_kept(
-        self,
-        grad: Tensor,
-        kept: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        keep: Keep,
-        wanted: Needed,
-    ) -> Pair:
-        w = self._arrange_weight(weight)
-        grad_input, grad_weight = _products(grad, self.arrange_input(input), _take(w, kept), wanted)
-        if grad_weight is not None:
-            grad_weight = _spread(grad_weight, kept, w.shape)
-        return self.restore((grad_input, grad_weight), input, weight)
-
-    def products(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Needed,
-    ) -> Pair:
-        return _products(grad, input, self._arrange_weight(weight), wanted)
-
     def _arrange_weight(self, weight: Tensor) -> Tensor:
         of = self.indices
         return _arrange(weight, of.weight, of.batch, of.contracted, of.features)
 
-    def of_rows(self, others: Others, kept: Tensor) -> Others:
-        return others
+    def restore(self, grads: Pair, of: Operands) -> Pair:
+        i = self.indices
+        grad_input, grad_weight = grads
+        if grad_input is not None:
+            grad_input = _restore(grad_input, i.input, i.batch, i.rows, i.contracted, of.input.shape)
+            grad_input = self.alpha * grad_input
+        if grad_weight is not None:
+            parts = (i.batch, i.contracted, i.features)
+            grad_weight = _restore(grad_weight, i.weight, *parts, of.weight.shape)
+            grad_weight = self.alpha * grad_weight
+        return grad_input, grad_weight
+
+    def examples(self, grad: Tensor) -> Tensor:
+        return grad.flatten(0, 1)
+
+    def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
+        # [rows, batch, features]: scores reduce a leading dimension
+        return channel_scores(grad.transpose(0, 1), (0,), keep)
+
+    def top(self, scores: Tensor, k: int) -> Tensor:
+        return scores.topk(min(k, scores.shape[1]), dim=1).indices  # [batch, k]
+
+    def take(self, grad: Tensor, kept: Tensor, of: Operands) -> Tensor:
+        return _take(grad, kept)
+
+    def from_kept(self, grad: Tensor, kept: Tensor, of: Operands, keep: Keep) -> Pair:
+        w = self._arrange_weight(of.weight)
+        grad_input, grad_weight = _products(grad, self.arrange_input(of.input), _take(w, kept), of)
+        if grad_weight is not None:
+            grad_weight = _spread(grad_weight, kept, w.shape)
+        return self.restore((grad_input, grad_weight), of)
+
+    def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
+        return _products(grad, input, self._arrange_weight(weight), of)
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         """Of addmm: a bias that broadcasts to [rows, features]."""
@@ -135,10 +115,10 @@ class Contraction(NamedTuple):
         return self.beta * whole[0].sum_to_size(shape)
 
 
-def _products(grad: Tensor, input: Tensor, weight: Tensor, wanted: Needed) -> Pair:
+def _products(grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
     return (
-        grad.bmm(weight.transpose(1, 2)) if wanted[0] else None,
-        input.transpose(1, 2).bmm(grad) if wanted[1] else None,
+        grad.bmm(weight.transpose(1, 2)) if of.needed[0] else None,
+        input.transpose(1, 2).bmm(grad) if of.needed[1] else None,
     )
 
 

@@ -13,19 +13,10 @@ import torch
 from torch import Tensor
 
 from fxprop.ops.axes import Axes
-from fxprop.ops.form import Form, Gradients, Others
+from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.keep import Keep
 from fxprop.ops.scores import RANDOM, entry_scores
 from fxprop.settings import LayerSettings
-
-
-class Wanted(NamedTuple):
-    """Which gradients are, besides a bias's that is computed from all of grad_output."""
-
-    input: bool
-    weight: bool
-    # the shape of the bias whose gradient comes from what is kept
-    bias: torch.Size | None
 
 
 class Sizes(NamedTuple):
@@ -71,16 +62,9 @@ class Selection(Protocol):
         """Whether k is all of n channels, or of an example's entries, so that the dense operator is run."""
 
     def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Wanted,
+        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
-        """The gradients of input, weight and bias from what is kept of `grad`, which `form` arranged."""
+        """The gradients from what is kept of `grad`, which `form` arranged; a bias's if it has a shape."""
 
 
 class Channel:
@@ -118,19 +102,12 @@ class Channel:
         return k >= n
 
     def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Wanted,
+        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
-        kept = form.top(form.scores(grad, keep, others), keep)
-        grad = form.take(grad, kept, others)
-        grads = form.from_kept(grad, kept, input, weight, others, keep, (wanted.input, wanted.weight))
-        return *grads, None if wanted.bias is None else form.bias(grad, kept, weight, wanted.bias)
+        kept = form.top(form.scores(grad, keep, of), int(keep.k))
+        grad = form.take(grad, kept, of)
+        grad_bias = None if bias is None else form.bias(grad, kept, of.weight, bias)
+        return *form.from_kept(grad, kept, of, keep), grad_bias
 
 
 class Element:
@@ -166,25 +143,12 @@ class Element:
         return example is not None and k >= example
 
     def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        others: Others,
-        wanted: Wanted,
+        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
         grad = mask_entries(form.examples(grad), keep).view(grad.shape)
-        grads = form.products(
-            grad, form.arrange_input(input), weight, others, (wanted.input, wanted.weight)
-        )
-        grad_input, grad_weight = form.restore(grads, input, weight)
-        return (
-            grad_input,
-            grad_weight,
-            None if wanted.bias is None else form.bias(grad, None, weight, wanted.bias),
-        )
+        pair = form.products(grad, form.arrange_input(of.input), of.weight, of)
+        grad_bias = None if bias is None else form.bias(grad, None, of.weight, bias)
+        return *form.restore(pair, of), grad_bias
 
 
 def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:

@@ -168,7 +168,7 @@ class _BatchNorm(NamedTuple):
         kept = grad = None
         if keep.norm_grad == "kept":
             if handed is None:
-                kept = form.top(norm.part(keep.score_fraction).scores(None, keep), keep)
+                kept = form.top(norm.part(keep.score_fraction).scores(None, keep), int(keep.k))
                 grad, kept_gamma, kept_beta = norm.backward(kept)
             else:
                 kept = handed.kept
@@ -180,7 +180,7 @@ class _BatchNorm(NamedTuple):
             product, total = sums.product, sums.grad
             if needs.input or needs.weight:
                 part = norm.part(keep.score_fraction)
-                kept = form.top(part.scores(sums if part is norm else None, keep), keep)
+                kept = form.top(part.scores(sums if part is norm else None, keep), int(keep.k))
                 grad = norm.kept_gradient(sums, kept)
         own = (
             product.to(gamma.dtype) if needs.own[0] else None,
@@ -195,5 +195,5 @@ def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
     first = slice(len(grad_output))
     part = None if output is None else output[first]
     norm = NormBackward(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
-    kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), ctx.keep)
+    kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), int(ctx.keep.k))
     return kept

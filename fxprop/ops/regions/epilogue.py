@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fxprop.ops.form import Form
+from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.handover import ChainEnd
@@ -84,7 +84,7 @@ class _SparseRegion(SparseFunction):
         bias: Tensor | None,
         *own: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = epilogue.forward(form.forward(input, weight, bias, ()))
+        outputs: tuple[Tensor, ...] = epilogue.forward(form.forward(input, weight, bias))
         return outputs
 
     @staticmethod
@@ -107,10 +107,9 @@ class _SparseRegion(SparseFunction):
         needs = Needs(needs_input, needs_weight, needs_bias, tuple(needs_own))
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             found = ctx.epilogue.behind(ctx.form, ctx.keep, grad_output, weight, ctx, needs)
-            pair: tuple[Tensor | None, Tensor | None] = None, None
+            of = Operands(input, weight, (), (needs_input, needs_weight))
+            pair: Pair = None, None
             if found.kept is not None and found.grad is not None:
-                pair = ctx.form.from_kept(
-                    found.grad, found.kept, input, weight, (), ctx.keep, (needs_input, needs_weight)
-                )
+                pair = ctx.form.from_kept(found.grad, found.kept, of, ctx.keep)
         used = [t for t in (grad_output, input, weight, *saved) if t is not None and t.requires_grad]
         return None, None, None, *refuse_double_backward((*pair, found.bias, *found.own), used)

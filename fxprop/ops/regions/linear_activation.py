@@ -130,7 +130,7 @@ class _Activation(NamedTuple):
             _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
         if keep.sync_selection:
             scores = summed_over_processes(scores)
-        kept = form.top(scores, keep)
+        kept = form.top(scores, int(keep.k))
         taken = _BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
         if needs.bias and grad_bias is None:
             grad_bias = form.bias(taken, kept, weight, weight.shape[:1])
