@@ -20,6 +20,7 @@ from fxprop.cli_options import (
 )
 from fxprop.errors import CommandError
 from fxprop.inspect import code_diff
+from fxprop.ops.selections import SELECTIONS
 from fxprop.plan import Site
 from fxprop.report.by_module import Depth
 from fxprop.report.forms import picture as plot
@@ -110,7 +111,7 @@ def _report(args: argparse.Namespace) -> str:
 
 def _layers(args: argparse.Namespace) -> str:
     sites = on_model(args, layers)
-    headers = ("layer", "type", "op", "weight", "output", "n channel", "n element", "")
+    headers = ("layer", "type", "op", "weight", "output", *(f"n {select}" for select in SELECTIONS), "")
     return tabulate([_row(site) for site in sites], headers, disable_numparse=True)
 
 
@@ -126,8 +127,7 @@ def _row(site: Site) -> Sequence[Any]:
         site.op,
         shape(site.weight_shape),
         shape(site.output_shape),
-        site.n("channel") or "-",
-        site.n("element") or "-",
+        *(site.n(select) or "-" for select in SELECTIONS),
         ", ".join(remarks),
     ]
 

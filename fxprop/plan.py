@@ -155,7 +155,7 @@ class Site:
         """How many things `select` chooses from at this site; None if the shapes are not known.
 
         channel: C_out per group (C_out for depthwise); out_features. element: C_out times the output's
-        spatial size; out_features.
+        spatial size; out_features. For others see `fxprop.ops.selections`.
         """
         return None if self.axes is None else SELECTIONS[select].n(self.axes)
 
@@ -177,8 +177,11 @@ class Chain:
 class Sparsity(LayerSettings):
     """What a rewritten site keeps: k of n, chosen how."""
 
+    # of n at the shapes of the example inputs
     k: int
     n: int
+    # what is kept of however many there are, where that is the batch's; None where k is one number
+    share: float | None = None
     # whether the site's region is rewritten as one call
     region: bool = False
     # set where grad_input is computed as far as the region upstream reads it
@@ -187,7 +190,8 @@ class Sparsity(LayerSettings):
     @property
     def keep(self) -> Keep:
         """As the operator takes it."""
-        return Keep.of(self.k, self, chained=self.chain is not None)
+        k = self.k if self.share is None else self.share
+        return Keep.of(k, self, chained=self.chain is not None)
 
     @property
     def alone(self) -> Sparsity:

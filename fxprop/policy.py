@@ -111,7 +111,7 @@ class Policy(settings.Settings):
         keep: share kept, 0 < keep <= 1; 1.0 means dense. Or
         k: how many are kept, at least 1; k >= n means dense. With neither, layers stay dense unless a
             rule says otherwise. k follows from keep as max(1, floor(keep * n + 0.5)).
-        select: "channel" or "element".
+        select: what is chosen: "channel", "element" or another of `fxprop.ops.selections`.
         score: "l1", "l2", "random", or a name given to `fxprop.ops.register_score`.
         round_to: k is rounded up to a multiple of this, and capped at n.
         bias: "full" (bias gradient from all of grad_output) or "selected".
@@ -225,7 +225,10 @@ class Policy(settings.Settings):
         if k == n:
             return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
         of_layer, dropped = settings.of_layer(policy, site)
-        region = Sparsity(k, n, region=True, **vars(of_layer))
+        share = policy.keep if SELECTIONS[policy.select].counts_batch and policy.k is None else None
+        if share is not None and policy.round_to != 1:
+            dropped += (f"round_to={policy.round_to}: how many there are is known at run time only",)
+        region = Sparsity(k, n, share, region=True, **vars(of_layer))
         alone = replace(region, region=False, norm_grad="full")
         fits = _fits_region(site, policy) and (policy.when == "always" or cost.region_wins(site, region))
         sparsity = region if fits else alone

@@ -39,4 +39,5 @@ def _rule(decision: Decision) -> Rule:
 
 def _sparse(name: str, sparsity: Sparsity) -> Rule:
     given = {setting.name: getattr(sparsity, setting.name) for setting in OF_LAYERS}
-    return Rule(name=name, k=sparsity.k, regions=sparsity.region, when="always", **given)
+    amount = {"k": sparsity.k} if sparsity.share is None else {"keep": sparsity.share}
+    return Rule(name=name, regions=sparsity.region, when="always", **amount, **given)

@@ -72,7 +72,7 @@ class RuleSettings:
 class KeepArgs(TypedDict, total=False):
     """The keywords that every sparse operator takes; see `fxprop.ops.conv2d`."""
 
-    k: Required[int]
+    k: Required[int | float]
     select: Select
     score: str
     bias_grad: BiasGrad
@@ -137,13 +137,12 @@ def _is_share(value: Any) -> bool:
 
 
 def _of_channels(layer: Layer, settings: LayerSettings) -> str | None:
-    return None if settings.select == "channel" else "single entries are chosen in each example alone"
+    return None if settings.select == "channel" else "it has a meaning with select='channel' alone"
 
 
 def _of_rows(layer: Layer, settings: LayerSettings) -> str | None:
-    if settings.select != "channel":
-        return "single entries are no rows of the weight"
-    return None if layer.can_be_row_sparse else "what is kept are no rows of a parameter"
+    kept_are_rows = settings.select == "channel" and layer.can_be_row_sparse
+    return None if kept_are_rows else "what is kept are no rows of a parameter"
 
 
 SETTINGS = (

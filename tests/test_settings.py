@@ -110,9 +110,9 @@ def test_a_setting_without_meaning_at_a_layer_is_left_out_and_told():
 
 def test_of_single_entries_nothing_is_summed_or_scored_in_part():
     of = left_out(select="element", sync_selection=True, score_fraction=0.5, weight_grad="row_sparse")
-    assert "sync_selection=True: single entries are chosen in each example alone" in of["a"]
-    assert "score_fraction=0.5: single entries" in of["a"]
-    assert "weight_grad='row_sparse': single entries are no rows" in of["a"]
+    assert "sync_selection=True: it has a meaning with select='channel' alone" in of["a"]
+    assert "score_fraction=0.5: it has" in of["a"]
+    assert "weight_grad='row_sparse': what is kept are no rows" in of["a"]
 
 
 def test_the_report_counts_what_is_left_out():

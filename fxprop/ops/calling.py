@@ -46,9 +46,11 @@ def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
     """Raise OpError or PolicyError unless `keep` and `weight` are something `op` can use."""
-    if isinstance(keep.k, bool) or not isinstance(keep.k, int) or keep.k < 1:
-        raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
     check_choices(op, keep)
+    is_share = SELECTIONS[keep.select].counts_batch and isinstance(keep.k, float) and 0 < keep.k <= 1
+    is_count = isinstance(keep.k, int) and not isinstance(keep.k, bool) and keep.k >= 1
+    if not (is_count or is_share):
+        raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
     get_score(keep.score)
     if type(weight) not in (Tensor, nn.Parameter) and _is_distributed(weight):
         raise OpError(

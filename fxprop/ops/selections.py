@@ -16,7 +16,7 @@ from fxprop.ops.axes import Axes
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.keep import Keep
 from fxprop.ops.scores import RANDOM, entry_scores
-from fxprop.settings import LayerSettings
+from fxprop.settings import LayerSettings, Select
 
 
 class Sizes(NamedTuple):
@@ -158,4 +158,4 @@ def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:
     return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))
 
 
-SELECTIONS: dict[str, Selection] = {"channel": Channel(), "element": Element()}
+SELECTIONS: dict[Select, Selection] = {"channel": Channel(), "element": Element()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fxprop.ops.selections import SELECTIONS
 from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
 from fxprop.report.units import scaled
 
+_EXECUTING = {name for name, selection in SELECTIONS.items() if selection.executes}
 COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
 
 
@@ -36,10 +38,11 @@ def notes(report: ReportData) -> list[str]:
             f"Forward of the listed layers: {report.unit.text(totals.forward)} {report.unit}. Scoring and "
             f"top-k: {scaled(totals.select_ops)} element operations.",
         ]
-    if any(layer.select == "element" for layer in report.layers):
+    masking = {layer.select for layer in report.layers if layer.select} - _EXECUTING
+    if masking:
         found.append(
-            "select='element' masks the gradient and runs the dense kernels: its executed equals dense, "
-            "nothing is saved on the clock."
+            f"select={', '.join(map(repr, sorted(masking)))} masks the gradient and runs the dense "
+            "kernels: its executed equals dense, nothing is saved on the clock."
         )
     if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
         found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
