@@ -221,13 +221,14 @@ class Policy(settings.Settings):
         if n is None:
             reason = f"select={policy.select!r} needs shapes that are known only with example_inputs"
             return Decision(site, "skipped", reason, decided_by=decided_by)
-        k = _kept(policy, n)
-        if k == n:
-            return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
         of_layer, dropped = settings.of_layer(policy, site)
         share = policy.keep if SELECTIONS[policy.select].counts_batch and policy.k is None else None
         if share is not None and policy.round_to != 1:
             dropped += (f"round_to={policy.round_to}: how many there are is known at run time only",)
+            policy = replace(policy, round_to=1)
+        k = _kept(policy, n)
+        if k == n and share is None:
+            return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
         region = Sparsity(k, n, share, region=True, **vars(of_layer))
         alone = replace(region, region=False, norm_grad="full")
         fits = _fits_region(site, policy) and (policy.when == "always" or cost.region_wins(site, region))
