@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Required, TypedDict, get_args
 
 from fxprop.errors import PolicyError
 
-Select = Literal["channel", "element"]
+Select = Literal["channel", "element", "row"]
 BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
 WeightGrad = Literal["dense", "row_sparse"]
@@ -164,8 +164,8 @@ SETTINGS = (
     _choice(
         "select",
         Select,
-        "whole output channels for the whole batch (meProp's unified form); or the top-k entries of each "
-        "example",
+        "whole output channels for the whole batch (meProp's unified form); the top-k entries of each "
+        "example; or whole rows: examples of a convolution, rows (tokens) of a linear layer",
         "select",
     ),
     Setting(

@@ -15,7 +15,8 @@ from torch import Tensor
 from fxprop.ops.axes import Axes
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.keep import Keep
-from fxprop.ops.scores import RANDOM, entry_scores
+from fxprop.ops.kernels.layout import is_channels_last
+from fxprop.ops.scores import RANDOM, entry_scores, scores_over
 from fxprop.settings import LayerSettings, Select
 
 
@@ -151,6 +152,75 @@ class Element:
         return *form.restore(pair, of), grad_bias
 
 
+class Row:
+    """Whole rows: examples of a convolution, rows (tokens) of a product.
+
+    The products run on the kept rows of the input and of grad_output; all others of grad_input are zero.
+    A batch of matrices chooses among the rows of each. Source: VCAS (2402.19215).
+    """
+
+    unit = "rows"
+    of_channels = False
+    executes = True
+    counts_batch = True
+
+    def n(self, axes: Axes) -> int | None:
+        return axes.rows
+
+    def scored(self, axes: Axes, of: LayerSettings) -> int:
+        assert axes.entries is not None
+        return 0 if of.score == RANDOM else axes.entries
+
+    def select_ops(self, axes: Axes, of: LayerSettings) -> int:
+        assert axes.rows is not None
+        candidates = axes.matrices * axes.rows
+        draws = candidates if of.score == RANDOM else 0
+        return draws + 2 * self.scored(axes, of) + candidates
+
+    def moved_by_product(self, sizes: Sizes, share: float, depthwise: bool) -> float:
+        return share * (sizes.output + sizes.input) + sizes.weight
+
+    def moved_once(self, sizes: Sizes, share: float) -> float:
+        # the rest of grad_input is set to zero
+        return 2 * share * (sizes.output + sizes.input) + sizes.input
+
+    def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
+        return isinstance(k, float) and k >= 1
+
+    def backward(
+        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+    ) -> Gradients:
+        n, behind = grad.shape[form.rows_dim], range(form.rows_dim + 1, grad.dim())
+        k = min(keep.k, n) if isinstance(keep.k, int) else max(1, int(keep.k * n + 0.5))
+        # in order: memory is read from its beginning to its end
+        kept = scores_over(grad, tuple(behind), keep).topk(k, dim=-1).indices.sort(-1).values
+        taken, input = _take_rows(grad, kept), form.arrange_input(of.input)
+        of_kept = Operands(of.input, of.weight, form.others_of_rows(kept, of), of.needed)
+        grad_input, grad_weight = form.products(taken, _take_rows(input, kept), of.weight, of_kept)
+        if grad_input is not None:
+            grad_input = _spread_rows(grad_input, kept, input)
+        grad_bias = None
+        if bias is not None:
+            grad_bias = form.bias(_spread_rows(taken, kept, grad), None, of.weight, bias)
+        return *form.restore((grad_input, grad_weight), of), grad_bias
+
+
+def _take_rows(tensor: Tensor, kept: Tensor) -> Tensor:
+    """The rows `kept` [k] of a tensor, or [matrices, k] of each of its matrices, in its memory format."""
+    if kept.dim() == 2:
+        return tensor.gather(1, kept[..., None].expand(-1, -1, tensor.shape[2]))
+    if is_channels_last(tensor):
+        return tensor.movedim(1, -1).index_select(0, kept).movedim(-1, 1)
+    return tensor.index_select(0, kept)
+
+
+def _spread_rows(rows: Tensor, kept: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_take_rows`, zero elsewhere."""
+    if kept.dim() == 2:
+        return torch.zeros_like(like).scatter_(1, kept[..., None].expand_as(rows), rows)
+    return torch.zeros_like(like).index_copy_(0, kept, rows)
+
+
 def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:
     """`grad_output` [examples, n] with all but the top-k entries of each example set to zero."""
     scores = entry_scores(grad_output, keep)
@@ -158,4 +228,4 @@ def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:
     return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))
 
 
-SELECTIONS: dict[Select, Selection] = {"channel": Channel(), "element": Element()}
+SELECTIONS: dict[Select, Selection] = {"channel": Channel(), "element": Element(), "row": Row()}
