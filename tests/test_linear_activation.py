@@ -13,7 +13,7 @@ from torch import nn
 import fxprop
 from fxprop.errors import OpError
 from fxprop.ops import linear_activation
-from fxprop.ops.regions.linear_activation import ACTIVATIONS
+from fxprop.ops.activations import ACTIVATIONS
 
 # the functions as users write them, not as the operator has them
 DENSE = {

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.catalogue import OPERATORS, Operator, arguments
 from fxprop.ops.reads import Product
-from fxprop.ops.regions.linear_activation import ACTIVATIONS
 from fxprop.ops.regions.table import RegionKind
 from fxprop.plan import Operand, Site, Sparsity
 

@@ -142,7 +142,7 @@ class _BatchNorm(NamedTuple):
     eps: float
     relu: bool
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, *own: Tensor | None) -> tuple[Tensor, ...]:
         output, mean, invstd = _normalise(features, self.norm)
         return output.relu_() if self.relu else output, features, mean, invstd
 

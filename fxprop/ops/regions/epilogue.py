@@ -38,7 +38,7 @@ class Behind(NamedTuple):
 class Epilogue(Protocol):
     """Norm, activation or both. Only channels can be kept behind one."""
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, *own: Tensor | None) -> tuple[Tensor, ...]:
         """The region's output, and what else the backward is made of."""
 
     def saved(
@@ -84,7 +84,7 @@ class _SparseRegion(SparseFunction):
         bias: Tensor | None,
         *own: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = epilogue.forward(form.forward(input, weight, bias))
+        outputs: tuple[Tensor, ...] = epilogue.forward(form.forward(input, weight, bias), *own)
         return outputs
 
     @staticmethod

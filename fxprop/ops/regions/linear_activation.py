@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxprop.errors import OpError
+from fxprop.ops.activations import ACTIVATIONS, BACKWARDS, Activation
 from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.form import Form
 from fxprop.ops.keep import Keep
@@ -22,29 +22,11 @@ from fxprop.ops.regions.epilogue import Behind, Needs, run_region
 from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, summed_over_processes, wide
 from fxprop.settings import KeepArgs
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-
 # keywords of other operators
 WITHOUT = ("norm_grad", "chained")
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
-
 # entries at a time. Not by inductor, whose erf and exp in sums over rows took 3 to 4 times as long
 _PIECE = 2**20
-
-_aten = torch.ops.aten
-# (gradient of the activation's output, its input; ReLU's output does as well) -> gradient of its input
-_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, input: _aten.threshold_backward(grad, input, 0),
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": functools.partial(_aten.gelu_backward, approximate="tanh"),
-    "silu": _aten.silu_backward,
-}
 
 
 @sparse
@@ -96,7 +78,7 @@ class _Activation(NamedTuple):
 
     name: Activation
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, *own: Tensor | None) -> tuple[Tensor, ...]:
         # ReLU's backward can be told from its output
         return (features.relu_(),) if self.name == "relu" else (ACTIVATIONS[self.name](features), features)
 
@@ -131,7 +113,7 @@ class _Activation(NamedTuple):
         if keep.sync_selection:
             scores = summed_over_processes(scores)
         kept = form.top(scores, int(keep.k))
-        taken = _BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
+        taken = BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
         if needs.bias and grad_bias is None:
             grad_bias = form.bias(taken, kept, weight, weight.shape[:1])
         return Behind(kept, taken, grad_bias, ())
@@ -140,7 +122,7 @@ class _Activation(NamedTuple):
 @functools.cache
 def _sums(activation: str, order: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The formula for sums over the rows of g and of its magnitudes or squares, [features] each."""
-    through = _BACKWARDS[activation]
+    through = BACKWARDS[activation]
 
     def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         behind = wide(through(grad, before))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.axes import Axes
 from fxprop.ops.regions import conv_batch_norm, linear_activation
 from fxprop.ops.scores import FROM_SUMS
@@ -92,7 +93,7 @@ REGIONS = {
             without=linear_activation.WITHOUT,
             operators=("linear",),
             norms=(),
-            activations=tuple(linear_activation.ACTIVATIONS),
+            activations=tuple(ACTIVATIONS),
             wins=_activation_wins,
         ),
     )
