@@ -17,6 +17,7 @@ from fxprop.ops.linear import linear
 from fxprop.ops.products import addmm, einsum, matmul
 from fxprop.ops.reads import Product
 from fxprop.ops.regions.conv_batch_norm import conv_batch_norm
+from fxprop.ops.regions.conv_group_norm import conv_group_norm
 from fxprop.ops.regions.linear_activation import linear_activation
 from fxprop.ops.scores import register_score, score_names
 
@@ -29,6 +30,7 @@ __all__ = [
     "conv2d",
     "conv3d",
     "conv_batch_norm",
+    "conv_group_norm",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.axes import Axes
-from fxprop.ops.regions import conv_batch_norm, linear_activation
+from fxprop.ops.regions import conv_batch_norm, conv_group_norm, linear_activation
 from fxprop.ops.scores import FROM_SUMS
 from fxprop.settings import LayerSettings
 
@@ -69,6 +69,11 @@ def _batch_norm_wins(axes: Axes, has_bias: bool, of_layer: LayerSettings) -> boo
     return axes.entries >= _LEAST[of_layer.score]
 
 
+def _group_norm_wins(axes: Axes, has_bias: bool, of_layer: LayerSettings) -> bool:
+    # smaller ones stay in the cache, where writing the norm's whole gradient costs little
+    return axes.entries is None or axes.entries >= 2**20
+
+
 def _activation_wins(axes: Axes, has_bias: bool, of_layer: LayerSettings) -> bool:
     # a full pass over the gradient behind the activation costs what the activation's backward does
     return of_layer.score_fraction <= 0.5 and not (has_bias and of_layer.bias == "full")
@@ -87,6 +92,16 @@ REGIONS = {
             norm_name="batch_norm",
             reads_part=lambda of: conv_batch_norm.reads_part(of.norm_grad, of.score_fraction),
             norm_arguments=lambda norm: (norm.num_features,),
+        ),
+        RegionKind(
+            sparse=conv_group_norm.conv_group_norm,
+            without=conv_group_norm.WITHOUT,
+            operators=("conv1d", "conv2d", "conv3d"),
+            norms=(nn.GroupNorm,),
+            activations=tuple(ACTIVATIONS),  # without one it is no faster than the norm alone
+            wins=_group_norm_wins,
+            norm_name="group_norm",
+            norm_arguments=lambda norm: (norm.num_groups, norm.num_channels),
         ),
         RegionKind(
             sparse=linear_activation.linear_activation,
