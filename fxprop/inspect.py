@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx, nn
 
 from fxprop.frontends.module import TracedModule
+from fxprop.graph.rewrite import made_for
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan import Decision, Plan
 from fxprop.progress import stage
@@ -190,58 +192,54 @@ def _assigned(line: str) -> str | None:
 
 
 def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
-    graph = section.module.fx_graphs[section.module.training]
-    owners = _owners(graph, [d for d in plan.rewritten if d.site.graph == section.path and d.site.is_node])
-    old, new = section.before, section.after
+    """What differs, layer by layer: the lines of no layer are the same nodes in the same order."""
+    decisions, of_before = {}, {}
+    for decision in plan.rewritten:
+        if decision.site.graph == section.path and decision.site.is_node:
+            decisions[decision.site.name] = decision
+            behind = decision.region.nodes if decision.region else ()
+            of_before.update(dict.fromkeys((decision.site.node, *behind), decision.site.name))
+    old = _runs(section.before, of_before)
+    new = _runs(section.after, made_for(section.module.fx_graphs[section.module.training]))
     above, below = section.skipped
-    # autojunk would take lines that occur often for noise
-    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag != "equal":
-            at = (above + i1, below + j1)
-            yield from _by_layer(_runs(old[i1:i2], owners), _runs(new[j1:j2], owners), at)
-
-
-def _owners(after: fx.Graph, decisions: Sequence[Decision]) -> dict[str, Decision]:
-    """The decision that each node's line belongs to, by the node's name."""
-    owners = {}
-    for decision in decisions:
-        behind = decision.region.nodes if decision.region else ()
-        owners.update(dict.fromkeys((decision.site.node, *behind), decision))
-    for node in reversed(after.nodes):
-        # weights and the like are fetched for the layer that reads them
-        reader = next((user.name for user in node.users if user.name in owners), None)
-        if reader and (node.op == "get_attr" or node.target is getattr):
-            owners.setdefault(node.name, owners[reader])
-    return owners
-
-
-_Run = tuple[Decision | None, list[str]]
-
-
-def _runs(lines: Sequence[str], owners: Mapping[str, Decision]) -> list[_Run]:
-    """Neighbouring lines of one owner together."""
-    runs: list[_Run] = []
-    for line in lines:
-        owner = owners.get(_assigned(line) or "")
-        if runs and runs[-1][0] is owner:
-            runs[-1][1].append(line)
-        else:
-            runs.append((owner, [line]))
-    return runs
-
-
-def _by_layer(old: list[_Run], new: list[_Run], skipped: tuple[int, int]) -> Iterator[Change]:
-    """Both sides of a change, which come in the same order, layer by layer."""
-    change = Change(None, skipped)
     while old or new:
-        to_come = [owner for owner, _ in new]
-        if old and (not new or old[0][0] is new[0][0] or old[0][0] not in to_come):
-            owner = old[0][0]
+        layer = _next(old, new)
+        before, after = (of.pop(0).lines if of and of[0].layer == layer else () for of in (old, new))
+        if layer is None:
+            yield from _differing(before, after, (above, below))
         else:
-            owner = new[0][0]
-        before = old.pop(0)[1] if old and old[0][0] is owner else []
-        after = new.pop(0)[1] if new and new[0][0] is owner else []
-        change = replace(change, decision=owner, before=tuple(before), after=tuple(after))
-        yield change
-        done, made = change.skipped
-        change = replace(change, skipped=(done + len(before), made + len(after)))
+            yield Change(decisions[layer], (above, below), before, after)
+        above, below = above + len(before), below + len(after)
+
+
+def _next(old: Sequence[_Run], new: Sequence[_Run]) -> str | None:
+    """The layer whose lines come next on either side; None if lines of no layer do on both."""
+    to_come = [run.layer for run in itertools.takewhile(lambda run: run.layer is not None, new)]
+    if old and old[0].layer is not None and old[0].layer not in to_come[1:]:
+        return old[0].layer
+    return to_come[0] if to_come else None
+
+
+class _Run(NamedTuple):
+    """Neighbouring lines of one layer, or of none."""
+
+    layer: str | None
+    lines: tuple[str, ...]
+
+
+def _runs(lines: Sequence[str], owners: Mapping[str, str]) -> list[_Run]:
+    of_lines = itertools.groupby(lines, lambda line: owners.get(_assigned(line) or ""))
+    return [_Run(owner, tuple(group)) for owner, group in of_lines]
+
+
+def _differing(
+    before: tuple[str, ...], after: tuple[str, ...], skipped: tuple[int, int]
+) -> Iterator[Change]:
+    """Neighbouring lines of no layer that differ: they free a value earlier or later than before."""
+    pairs = list(enumerate(zip(before, after, strict=True)))
+    for differ, group in itertools.groupby(pairs, lambda pair: pair[1][0] != pair[1][1]):
+        if differ:
+            found = list(group)
+            at = found[0][0]
+            old, new = zip(*(lines for _, lines in found), strict=True)
+            yield Change(None, (skipped[0] + at, skipped[1] + at), old, new)

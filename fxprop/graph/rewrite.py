@@ -26,6 +26,8 @@ from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
 # the key in node.meta under which a rewritten node has its Decision
 META_KEY = "fxprop"
+# of this node and all that were made with it, the layer's name
+_MADE_FOR = "fxprop_made_for"
 
 
 def rewrite_model(root: nn.Module, pieces: Mapping[str, TracedModule], plans: Mapping[bool, Plan]) -> None:
@@ -161,6 +163,7 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     assert site.call is not None
     assert sparsity is not None
     call: Call = site.call
+    node.meta[_MADE_FOR] = site.name
     with graph.inserting_before(node):
         weight = _fetch(graph, nodes, call.weight, node)
         bias = None if call.bias is None else _fetch(graph, nodes, call.bias, node)
@@ -192,7 +195,7 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     last.target = called.sparse
     last.args = args
     last.kwargs = {**kwargs, **sparsity.keep.arguments(called.without)}
-    last.meta[META_KEY] = decision
+    last.meta |= {META_KEY: decision, _MADE_FOR: site.name}
     for replaced in reversed(inner):
         graph.erase_node(replaced)
 
@@ -204,9 +207,14 @@ def _fetch(graph: fx.Graph, nodes: dict[str, fx.Node], operand: Operand, user: f
     return _derived(graph, user, graph.get_attr(operand.attribute))
 
 
+def made_for(graph: fx.Graph) -> dict[str, str]:
+    """The nodes that the rewrite made or changed, and the layers that it did so for, by name."""
+    return {node.name: node.meta[_MADE_FOR] for node in graph.nodes if _MADE_FOR in node.meta}
+
+
 def _derived(graph: fx.Graph, user: fx.Node, node: fx.Node) -> fx.Node:
-    """`node`, made for `user`, with the metadata that says where it comes from."""
-    for key in ("stack_trace", "nn_module_stack"):
+    """`node`, made for `user`, with the metadata that says where it comes from and for which layer."""
+    for key in ("stack_trace", "nn_module_stack", _MADE_FOR):
         if key in user.meta:
             node.meta[key] = user.meta[key]
     return node
