@@ -26,7 +26,7 @@ from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
 
 # the key in node.meta under which a rewritten node has its Decision
 META_KEY = "fxprop"
-# of this node and all that were made with it, the layer's name
+# in that of the nodes that were made for it, the layer's name
 _MADE_FOR = "fxprop_made_for"
 
 
@@ -163,16 +163,15 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     assert site.call is not None
     assert sparsity is not None
     call: Call = site.call
-    node.meta[_MADE_FOR] = site.name
     with graph.inserting_before(node):
-        weight = _fetch(graph, nodes, call.weight, node)
-        bias = None if call.bias is None else _fetch(graph, nodes, call.bias, node)
-        input_ = _fetch(graph, nodes, call.input, node)
+        weight = _fetch(nodes, call.weight, site.name, node)
+        bias = None if call.bias is None else _fetch(nodes, call.bias, site.name, node)
+        input_ = _fetch(nodes, call.input, site.name, node)
         if call.pad is not None:
             pad, mode = call.pad
-            input_ = _derived(graph, node, graph.call_function(F.pad, (input_, pad), {"mode": mode}))
+            input_ = _derived(site.name, node, graph.call_function(F.pad, (input_, pad), {"mode": mode}))
         constants: dict[str, Any] = {
-            name: _fetch(graph, nodes, value, node) if isinstance(value, Operand) else value
+            name: _fetch(nodes, value, site.name, node) if isinstance(value, Operand) else value
             for name, value in call.constants.items()
         }
     args, kwargs = arguments(Product(site.op, input_, weight, bias, constants))
@@ -185,7 +184,7 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
             kwargs["activation"] = region.activation
         if region.norm is not None:
             with graph.inserting_before(node):
-                norm = _fetch(graph, nodes, Operand(attribute=region.norm), node)
+                norm = _fetch(nodes, Operand(attribute=region.norm), site.name, node)
             args = (*args, norm)
         *inner, last = (nodes[name] for name in (node.name, *region.nodes))
         # where the convolution stood: what lies between may change its input in place
@@ -195,28 +194,30 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
     last.target = called.sparse
     last.args = args
     last.kwargs = {**kwargs, **sparsity.keep.arguments(called.without)}
-    last.meta |= {META_KEY: decision, _MADE_FOR: site.name}
+    last.meta[META_KEY] = decision
     for replaced in reversed(inner):
         graph.erase_node(replaced)
 
 
-def _fetch(graph: fx.Graph, nodes: dict[str, fx.Node], operand: Operand, user: fx.Node) -> fx.Node:
+def _fetch(nodes: dict[str, fx.Node], operand: Operand, layer: str, user: fx.Node) -> fx.Node:
     if operand.node is not None:
         return nodes[operand.node]
     assert operand.attribute is not None
-    return _derived(graph, user, graph.get_attr(operand.attribute))
+    return _derived(layer, user, user.graph.get_attr(operand.attribute))
 
 
 def made_for(graph: fx.Graph) -> dict[str, str]:
     """The nodes that the rewrite made or changed, and the layers that it did so for, by name."""
-    return {node.name: node.meta[_MADE_FOR] for node in graph.nodes if _MADE_FOR in node.meta}
+    found = {node.name: node.meta[_MADE_FOR] for node in graph.nodes if _MADE_FOR in node.meta}
+    return found | {n.name: n.meta[META_KEY].site.name for n in graph.nodes if META_KEY in n.meta}
 
 
-def _derived(graph: fx.Graph, user: fx.Node, node: fx.Node) -> fx.Node:
-    """`node`, made for `user`, with the metadata that says where it comes from and for which layer."""
-    for key in ("stack_trace", "nn_module_stack", _MADE_FOR):
+def _derived(layer: str, user: fx.Node, node: fx.Node) -> fx.Node:
+    """`node`, made for the layer at `user`, with the metadata that says where it comes from."""
+    for key in ("stack_trace", "nn_module_stack"):
         if key in user.meta:
             node.meta[key] = user.meta[key]
+    node.meta[_MADE_FOR] = layer
     return node
 
 
