@@ -1,7 +1,9 @@
 """transform, estimate, layers, restore as a user calls them: what stays and what comes back."""
 
 import copy
+import cProfile
 import gc
+import sys
 import weakref
 
 import pytest
@@ -173,3 +175,41 @@ def test_nothing_keeps_the_model_alive(fails):
     del model
     gc.collect()
     assert weight() is None
+
+
+class AsksForTheClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x if type(x) is int else self.layer(x)
+
+
+def test_under_a_profiler():
+    def report(device):
+        with torch.device(device):
+            return str(fxprop.transform(AsksForTheClass(), 0.25, (torch.rand(4, 8),)).report)
+
+    # with real tensors and without: calls are looked at where the model runs on fake ones
+    alone = [report(device) for device in ("cpu", "meta")]
+    calls = []
+    for before in (lambda frame, event, _: calls.append(event), None):
+        sys.setprofile(before)
+        assert [report(device) for device in ("cpu", "meta")] == alone
+        assert sys.getprofile() is before
+    assert calls
+    with cProfile.Profile():
+        assert [report(device) for device in ("cpu", "meta")] == alone
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_of_cycles_is_as_before(enabled):
+    before, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.enable() if enabled else gc.disable()
+    try:
+        fxprop.transform(AsksForTheClass(), 0.25, (torch.rand(4, 8),))
+        assert gc.isenabled() == enabled
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.enable() if before else gc.disable()

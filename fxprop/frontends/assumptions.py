@@ -25,10 +25,12 @@ _NOT_READ = ("training", "_parameters", "_buffers", "_modules", "_is_full_backwa
 _MANY = 64
 
 
-def assumptions(root: nn.Module, graph: fx.Graph) -> list[Assumption]:
-    """What `graph`, of the code of `root`, takes for granted; without what it fetches when it runs."""
+def assumptions(root: nn.Module, graph: fx.Graph, reach: Reach) -> list[Assumption]:
+    """What `graph`, of the code of `root`, takes for granted; without what it fetches when it runs.
+
+    `reach` is that of `root`.
+    """
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    reach = Reach(root)
     values = _Values(reach.names)
     for name, module in root.named_modules():
         if not _is_below(name, called):

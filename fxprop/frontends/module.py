@@ -31,6 +31,7 @@ from fxprop.frontends.generated import (
 )
 from fxprop.frontends.hooks import is_fully_sharded, uncalled
 from fxprop.frontends.objects import slot_values
+from fxprop.frontends.reach import Reach
 from fxprop.frontends.stored import Graphs, HeldGraphs, copy_graphs
 
 _OWN = (
@@ -154,10 +155,11 @@ class TracedModule(fx.GraphModule):
             self._fx_follow()
         if self._fx_changed:
             return
-        graphs, found = self._fx_graphs, {}
-        for mode, graph in graphs.items():
-            found[mode] = assumptions(self, graph)
-            if len({id(graph) for graph in graphs.values()}) > 1:
+        graphs, reach = set(self._fx_graphs.values()), Reach(self)
+        of_graph = {graph: assumptions(self, graph, reach) for graph in graphs}
+        found = {mode: list(of_graph[graph]) for mode, graph in self._fx_graphs.items()}
+        if len(graphs) > 1:
+            for mode, graph in self._fx_graphs.items():
                 found[mode] += modes(self, graph, functools.partial(self._fx_expected_mode, mode))
         self._fx_assumptions = found
 

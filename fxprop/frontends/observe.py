@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import sys
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +13,8 @@ import torch
 from torch import nn
 
 from fxprop.errors import InputError, ValuesNeededError
-from fxprop.frontends.account import Account, Op
+from fxprop.frontends.account import Op
+from fxprop.frontends.calls import AccountBesideCalls, Calls
 from fxprop.frontends.fakes import Twin, describe_all, has_values
 from fxprop.frontends.reach import Reach
 from fxprop.frontends.untouched import draws
@@ -108,41 +107,21 @@ def run_observed(
     def on_product(module: str, parameter: str, product: Product, result: Any, source: str | None) -> None:
         found.products.setdefault((module, parameter))
 
-    watch, ran = Watch(twin, on_call, on_product), set[types.CodeType]()
-    account = Account(watch, twin.labels())
+    watch, calls = Watch(twin, on_call, on_product), Calls(doubtful)
+    account = AccountBesideCalls(watch, twin.labels(), calls)
     try:
         with twin.running(training) as state, draws() as drawn, contextlib.ExitStack() as stack:
             # torch.fx prints where generated code fails
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             stack.enter_context(watch.watching())
-            ran = stack.enter_context(_running(doubtful))
+            stack.enter_context(calls)
             stack.enter_context(account)
             twin.root(*twin.args, **twin.kwargs)
         found.changes, found.drawn = list(state.changed), list(drawn)
     except Exception as error:
         found.error, found.failed = error, watch.failed or []
-    found.ops, found.wanted_values = account.ops, account.wanted_values or bool(ran)
+    found.ops, found.wanted_values = account.ops, account.wanted_values or bool(calls.ran)
     return found
-
-
-@contextlib.contextmanager
-def _running(codes: frozenset[types.CodeType]) -> Iterator[set[types.CodeType]]:
-    """A set to which those of `codes` are added that run."""
-    ran: set[types.CodeType] = set()
-    if not codes:
-        yield ran
-        return
-
-    def called(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in codes:
-            ran.add(frame.f_code)
-
-    before = sys.getprofile()
-    sys.setprofile(called)
-    try:
-        yield ran
-    finally:
-        sys.setprofile(before)
 
 
 def _reason(error: Exception) -> str:

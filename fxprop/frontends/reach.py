@@ -40,7 +40,6 @@ _SURROUNDINGS = ("grad", "autocast", "amp", "infer", "checkpoint", "_C", "dispat
 
 def methods_beside_forward(root: nn.Module) -> list[str]:
     """Public methods of a user's model that call children of it, and that its forward does not."""
-    from_forward = {id(function) for function in Reach(root).functions}
     methods = {
         name: function
         for cls in reversed(type(root).__mro__)
@@ -52,11 +51,11 @@ def methods_beside_forward(root: nn.Module) -> list[str]:
     while len(calling) != before:  # also those that call such methods
         before = len(calling)
         calling |= {name for name, function in methods.items() if calling & _names(function.__code__)}
-    return [
-        name
-        for name, function in methods.items()
-        if name in calling and not name.startswith("_") and id(function) not in from_forward
-    ]
+    public = [name for name in methods if name in calling and not name.startswith("_")]
+    if public in ([], ["forward"]):
+        return []
+    from_forward = {id(function) for function in Reach(root).functions}
+    return [name for name in public if id(methods[name]) not in from_forward]
 
 
 class Reach:
@@ -164,8 +163,9 @@ class Reach:
         for name in _names(function.__code__) - self.names:
             self.names.add(name)
             self._waiting += self._methods[name]
-            for namespace in list(self._namespaces.values()):
-                self._variable(namespace, name)
+            for namespace in self._namespaces.values():
+                if name in namespace:
+                    self._variable(namespace, name)
 
     def _namespace(self, namespace: dict[str, Any]) -> None:
         if id(namespace) not in self._namespaces:
@@ -174,9 +174,8 @@ class Reach:
                 self._variable(namespace, name)
 
     def _variable(self, namespace: dict[str, Any], name: str) -> None:
-        if name in namespace:
-            self.variables[id(namespace), name] = namespace, name
-            self._waiting.append(namespace[name])
+        self.variables[id(namespace), name] = namespace, name
+        self._waiting.append(namespace[name])
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__:
@@ -236,6 +235,7 @@ def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
     return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
 
 
+@functools.lru_cache(10_000)
 def _tells_stand_ins(code: types.CodeType) -> bool:
     instructions = list(dis.get_instructions(code))
     for at, (one, following) in enumerate(pairwise(instructions)):

@@ -80,13 +80,13 @@ def _is_small(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     It does if no code but torch's own is left, which reads no values and leaves no trace.
     """
     root, device = traced.root, model_device(traced.root)
-    graphs = (graph for piece in traced.pieces.values() for graph in piece.fx_graphs.values())
-    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    if any(map(is_users, called)) or Reach(root).functions or device is None or device.type != "cpu":
-        return False
     inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
     weights, given = (sum(t.numel() for t in tensors) for tensors in (root.parameters(), inputs))
-    return weights <= _SMALL[0] and given <= _SMALL[1]
+    if device is None or device.type != "cpu" or weights > _SMALL[0] or given > _SMALL[1]:
+        return False
+    graphs = (graph for piece in traced.pieces.values() for graph in piece.fx_graphs.values())
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return not (any(map(is_users, called)) or Reach(root).functions)
 
 
 class Recording:
@@ -296,6 +296,8 @@ class Recording:
                 weight=settled(product.weight),
                 bias=settled(product.bias),
             )
+        # they hold what a forward has saved for a backward, and this holds them until cycles are collected
+        self._functions.clear()
 
 
 class _Pending(TensorInfo):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,24 @@ def users_stack(trace: str) -> str:
     Whoever shows the trace (`print_readable`) shows its innermost frame.
     """
     frames = list(_FRAME.finditer(trace))
-    while frames and any(part in frames[-1]["file"].replace("\\", "/") for part in _MACHINERY):
+    while frames and _is_machinery(frames[-1]["file"]):
         trace = trace[: frames.pop().start()]
     return trace.rstrip() if frames else ""
+
+
+def is_users_code_at_work(began: types.CodeType) -> bool:
+    """Whether `users_stack` would find a frame between the caller and the trace that `began` there."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not began:
+        if not _is_machinery(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@functools.cache
+def _is_machinery(file: str) -> bool:
+    return any(part in file.replace("\\", "/") for part in _MACHINERY)
 
 
 def source_line(trace: str | None) -> str | None:

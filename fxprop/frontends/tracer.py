@@ -25,7 +25,7 @@ from fxprop.errors import InputError, TraceError
 from fxprop.frontends import attention
 from fxprop.frontends.fakes import describe
 from fxprop.frontends.leaves import DROPOUTS, NORMS
-from fxprop.frontends.source import first_line, users_stack
+from fxprop.frontends.source import first_line, is_users_code_at_work, users_stack
 from fxprop.frontends.untouched import AUTOCAST
 from fxprop.ops.catalogue import SITE_MODULES
 from fxprop.ops.registered import registered_classes
@@ -102,7 +102,13 @@ class SiteTracer(fx.Tracer):
                 "code inside torch.no_grad(), torch.autocast(), torch.utils.checkpoint or hooks on saved "
                 "tensors cannot be kept in an fx graph"
             )
-        node = super().create_node(*args, **kwargs)
+        lines = self.record_stack_traces
+        # to note the stack takes longer than all else that is done for a node
+        self.record_stack_traces = lines and is_users_code_at_work(SiteTracer.trace.__code__)
+        try:
+            node = super().create_node(*args, **kwargs)
+        finally:
+            self.record_stack_traces = lines
         if node.stack_trace is not None:
             node.stack_trace = users_stack(node.stack_trace)
         return node

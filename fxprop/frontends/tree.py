@@ -58,7 +58,11 @@ class _Copier:
         self._done: dict[int, Any] = {}
         # keeps the originals alive, so that an id in `_done` cannot be reused
         self._seen: list[Any] = []
-        self._lead = _leading_to_modules(root)
+        self._root = root
+
+    @functools.cached_property
+    def _lead(self) -> set[int]:
+        return _leading_to_modules(self._root)
 
     def module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._done and is_compiled(module):
@@ -98,7 +102,8 @@ class _Copier:
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if id(value) in self._lead:
+        # the look through the whole tree is for what is in few models
+        if held_by(value) and id(value) in self._lead:
             return self._through(value)
         return self._of_its_own(value)
 

@@ -317,12 +317,19 @@ def untouched(root: nn.Module, *others: Any) -> Iterator[PythonState]:
 
 @contextlib.contextmanager
 def collecting(enabled: bool) -> Iterator[None]:
-    """Python's collector of cycles on or off: it looks through all objects of a model again and again."""
-    before = gc.isenabled()
+    """Python's collector of cycles on or off: it looks through all objects of a model again and again.
+
+    On inside of off, it looks through those alone that were made meanwhile.
+    """
+    before, aside = gc.isenabled(), not (enabled or gc.get_freeze_count())
     gc.enable() if enabled else gc.disable()
+    if aside:
+        gc.freeze()
     try:
         yield
     finally:
+        if aside:
+            gc.unfreeze()
         gc.enable() if before else gc.disable()
 
 
