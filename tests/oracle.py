@@ -22,10 +22,19 @@ class Keep:
     score: str = "l1"
     bias: str = "full"
     round_to: int = 1
+    score_fraction: float = 1.0
 
     def count(self, n):
         k = self.k if self.k is not None else max(1, math.floor(self.keep * n + 0.5))
         return min(n, math.ceil(k / self.round_to) * self.round_to)
+
+
+# of the entries of one feature; "least" is registered in tests/operators.py
+SCORES = {
+    "l1": lambda entries: entries.abs().sum().item(),
+    "l2": lambda entries: entries.square().sum().sqrt().item(),
+    "least": lambda entries: -entries.abs().sum().item(),
+}
 
 
 def largest(scores, k):
@@ -33,46 +42,73 @@ def largest(scores, k):
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
 
 
-def _scores(rows, score):
-    if score == "l1":
-        return [row.abs().sum().item() for row in rows]
-    return [row.pow(2).sum().sqrt().item() for row in rows]
+def mask(grad, keep, features, examples, scored=None):
+    """0/1 mask of `grad`. Two functions say what its positions are, given a tensor of their numbers.
 
-
-def conv_mask(grad, groups, keep):
-    """0/1 mask of grad [N, C_out, *spatial]."""
-    mask = torch.zeros_like(grad)
-    out_channels = grad.shape[1]
+    `features` gives a list of [examples, positions, features], each with a choice of its own; `examples`
+    the rows [examples, n] that single elements are chosen from. `scored` is looked at in place of `grad`.
+    """
+    kept = torch.zeros(grad.numel(), dtype=grad.dtype)
+    numbers = torch.arange(grad.numel()).view(grad.shape)
+    entries = (grad if scored is None else scored).flatten()
     if keep.select == "element":
-        return element_mask(grad.flatten(1), keep).reshape(grad.shape)
-    # a group of one channel is kept or dropped as a whole
-    runs = 1 if groups == out_channels else groups
-    size = out_channels // runs
-    for run in range(runs):
-        channels = range(run * size, (run + 1) * size)
-        scores = _scores([grad[:, c] for c in channels], keep.score)
-        for best in largest(scores, keep.count(size)):
-            mask[:, channels[best]] = 1
-    return mask
+        sign = -1 if keep.score == "least" else 1
+        for row in examples(numbers):
+            scores = (sign * entries[row].abs()).tolist()
+            kept[row[largest(scores, keep.count(len(row)))]] = 1
+        return kept.view(grad.shape)
+    for run in features(numbers):
+        first = run[: math.ceil(keep.score_fraction * len(run))].flatten(0, 1)
+        scores = [SCORES[keep.score](of_feature) for of_feature in entries[first.t()]]
+        kept[run[..., largest(scores, keep.count(run.shape[2]))]] = 1
+    return kept.view(grad.shape)
+
+
+def runs_of_channels(groups):
+    """`features` of [N, C_out, *spatial]: one run for each group."""
+
+    def features(numbers):
+        # a group of one channel is kept or dropped as a whole
+        runs = 1 if groups == numbers.shape[1] else groups
+        return [run.flatten(2).mT for run in numbers.chunk(runs, 1)]
+
+    return features
+
+
+def conv_mask(grad, groups, keep, scored=None):
+    """0/1 mask of grad [N, C_out, *spatial]."""
+    return mask(grad, keep, runs_of_channels(groups), lambda numbers: numbers.flatten(1), scored)
 
 
 def linear_mask(grad, keep):
     """0/1 mask of grad [*, out_features]."""
-    flat = grad.reshape(-1, grad.shape[-1])
-    if keep.select == "element":
-        return element_mask(flat, keep).reshape(grad.shape)
-    mask = torch.zeros_like(flat)
-    scores = _scores(list(flat.t()), keep.score)
-    mask[:, largest(scores, keep.count(flat.shape[1]))] = 1
-    return mask.reshape(grad.shape)
+    size = grad.shape[-1]
+    return mask(grad, keep, lambda n: [n.reshape(-1, 1, size)], lambda n: n.reshape(-1, size))
 
 
-def element_mask(rows, keep):
-    """0/1 mask of rows [examples, n]: the largest magnitudes of each."""
-    mask = torch.zeros_like(rows)
-    for example, row in enumerate(rows):
-        mask[example, largest(row.abs().tolist(), keep.count(rows.shape[1]))] = 1
-    return mask
+def of_first_examples(grad, y, gamma, eps, keep):
+    """What the channels in front of batch-norm are scored by: the first examples as if they were the batch.
+
+    `grad` is that behind the norm, y what the norm gets, of the whole batch; its mean and deviation are.
+    """
+    dims = [d for d in range(y.dim()) if d != 1]
+    variance = y.var(dims, correction=0, keepdim=True) + eps
+    count = math.ceil(keep.score_fraction * len(y))
+    xhat = ((y - y.mean(dims, keepdim=True)) / variance.sqrt())[:count]
+    part = grad[:count]
+    scale = 1 if gamma is None else gamma.view([-1 if d == 1 else 1 for d in range(y.dim())])
+    found = torch.zeros_like(y)
+    if keep.score == "l1":
+        shift, slope = part.mean(dims, keepdim=True), (part * xhat).mean(dims, keepdim=True)
+        found[:count] = (part - shift - xhat * slope) * scale / variance.sqrt()
+        return found
+    # of a batch of its own the normalised values have the sum 0 and the mean square (variance - eps) / variance
+    entries = part.numel() // part.shape[1]
+    sums = [t.sum(dims, keepdim=True).square() for t in (part, part * xhat)]
+    dropped = (sums[0] + (1 + eps / variance) * sums[1]) / entries
+    square = (part.square().sum(dims, keepdim=True) - dropped).clamp_min(0) * scale**2 / variance
+    found[(slice(0, 1), slice(None), *[slice(0, 1)] * (y.dim() - 2))] = square.sqrt()
+    return found
 
 
 def masked(output, bias, bias_shape, keep, mask):
