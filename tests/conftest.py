@@ -13,8 +13,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--networks",
         type=int,
-        default=200,
-        help="how many random networks test_random_networks.py draws (default: 200)",
+        default=120,
+        help="how many random networks test_random_networks.py draws (default: 120)",
     )
     parser.addoption(
         "--update-golden", action="store_true", help="write the texts in tests/golden anew, to be reviewed"

@@ -37,6 +37,10 @@ SCORES = {
 }
 
 
+class Tie(Exception):
+    """Features that have the same score, or none: any choice among them is right."""
+
+
 def largest(scores, k):
     """Positions of the k largest of a list of numbers."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
@@ -60,7 +64,14 @@ def mask(grad, keep, features, examples, scored=None):
     for run in features(numbers):
         first = run[: math.ceil(keep.score_fraction * len(run))].flatten(0, 1)
         scores = [SCORES[keep.score](of_feature) for of_feature in entries[first.t()]]
-        kept[run[..., largest(scores, keep.count(run.shape[2]))]] = 1
+        k = keep.count(run.shape[2])
+        if len(first) and k < len(scores):
+            last, dropped = sorted(scores, reverse=True)[k - 1 : k + 1]
+            if last - dropped < 1e-10 * max(map(abs, scores)) or (
+                last == dropped and len(first) < run[..., 0].numel()
+            ):
+                raise Tie
+        kept[run[..., largest(scores, k)]] = 1
     return kept.view(grad.shape)
 
 
@@ -90,6 +101,7 @@ def of_first_examples(grad, y, gamma, eps, keep):
     """What the channels in front of batch-norm are scored by: the first examples as if they were the batch.
 
     `grad` is that behind the norm, y what the norm gets, of the whole batch; its mean and deviation are.
+    Raises Tie where the sums that l2 is made of say that nothing is left of a channel.
     """
     dims = [d for d in range(y.dim()) if d != 1]
     variance = y.var(dims, correction=0, keepdim=True) + eps
@@ -106,7 +118,10 @@ def of_first_examples(grad, y, gamma, eps, keep):
     entries = part.numel() // part.shape[1]
     sums = [t.sum(dims, keepdim=True).square() for t in (part, part * xhat)]
     dropped = (sums[0] + (1 + eps / variance) * sums[1]) / entries
-    square = (part.square().sum(dims, keepdim=True) - dropped).clamp_min(0) * scale**2 / variance
+    square = part.square().sum(dims, keepdim=True) - dropped
+    if ((square < 1e-9) & (part.square().sum(dims, keepdim=True) > 1e-9)).any():
+        raise Tie
+    square = square.clamp_min(0) * scale**2 / variance
     found[(slice(0, 1), slice(None), *[slice(0, 1)] * (y.dim() - 2))] = square.sqrt()
     return found
 
@@ -134,7 +149,7 @@ def masked_linear(keep):
     return linear
 
 
-def masked_conv(dims, keep):
+def masked_conv(dims, keep, mask=None):
     """F.conv{dims}d with its gradient masked."""
     dense = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
@@ -142,20 +157,30 @@ def masked_conv(dims, keep):
         batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
         y = dense(batched, weight, None, stride, padding, dilation, groups)
         shape = (-1,) + (1,) * dims
-        y = masked(y, bias, shape, keep, lambda g: conv_mask(g, groups, keep))
+        y = masked(y, bias, shape, keep, mask or (lambda g: conv_mask(g, groups, keep)))
         return y if input.dim() == dims + 2 else y.squeeze(0)
 
     return conv
 
 
-def mask_module(module, keep):
-    """Make an nn.Conv*d or nn.Linear mask its output gradient."""
+def mask_module(module, keep, mask=None):
+    """Make an nn.Conv*d, nn.ConvTranspose*d or nn.Linear mask its output gradient, by `mask` if given."""
     if isinstance(module, nn.Linear):
         linear = masked_linear(keep)
         module.forward = lambda x: linear(x, module.weight, module.bias)
         return
     dims = module.weight.dim() - 2
-    conv = masked_conv(dims, keep)
+    if module.transposed:
+
+        def transposed(x):
+            m, shape = module, (-1,) + (1,) * dims
+            dense = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+            y = dense(x, m.weight, None, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+            return masked(y, m.bias, shape, keep, lambda g: conv_mask(g, m.groups, keep))
+
+        module.forward = transposed
+        return
+    conv = masked_conv(dims, keep, mask)
 
     def conv_forward(self, x, weight, bias):
         if self.padding_mode == "zeros":
@@ -164,6 +189,37 @@ def mask_module(module, keep):
         return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     module._conv_forward = types.MethodType(conv_forward, module)
+
+
+def mask_region(conv, norm, keep, norm_grad="full"):
+    """Make a convolution and the batch-norm behind it mask as one: what the norm gets decides."""
+    chosen = []
+
+    def forward(y):
+        gamma, beta = (None if p is None else p * 1 for p in (norm.weight, norm.bias))
+        for parameter in (gamma, beta):
+            if parameter is not None and norm_grad == "kept":
+                parameter.register_hook(lambda grad: grad * chosen[0].movedim(1, 0).flatten(1).any(1))
+        z = F.batch_norm(
+            y, norm.running_mean, norm.running_var, gamma, beta, norm.training, norm.momentum, norm.eps
+        )
+
+        def choose(grad):
+            with torch.enable_grad():
+                again = y.detach().requires_grad_()
+                behind = F.batch_norm(again, None, None, norm.weight, norm.bias, True, eps=norm.eps)
+            (before,) = torch.autograd.grad(behind, again, grad)
+            scored = None
+            if keep.score_fraction < 1:
+                scored = of_first_examples(grad, y.detach(), norm.weight, norm.eps, keep)
+            chosen[:] = [conv_mask(before, conv.groups, keep, scored)]
+
+        if z.requires_grad:
+            z.register_hook(choose)
+        return z
+
+    norm.forward = forward
+    mask_module(conv, keep, lambda grad: chosen[0])
 
 
 def mask_model(model, keep, except_for=()):
@@ -186,7 +242,9 @@ def gradients(model, inputs, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
     sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
-    return {n: p.grad for n, p in model.named_parameters()}, [x.grad for x in inputs]
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    # those that are row-sparse as dense ones
+    return {n: g if g is None else g.to_dense() for n, g in grads.items()}, [x.grad for x in inputs]
 
 
 def assert_same_gradients(ours, theirs, atol=1e-10, rtol=1e-9):
