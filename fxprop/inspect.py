@@ -60,10 +60,10 @@ def code_diff(gm: nn.Module) -> str:
     >>> print(fxprop.code_diff(gm))
     --- ResNet before
     +++ ResNet after
-    @@ -2,1 +2,2 @@ conv1: 3 of 64 channels (torchvision/models/resnet.py:268)
+    @@ -2,1 +2,2 @@ conv1: 3 of 64 channels (...torchvision/models/resnet.py:268)
     -    conv1 = self.conv1(x);  x = None
     +    conv1_weight = self.conv1.weight
-    +    conv1 = fxprop_ops_conv2d(x, conv1_weight, None, stride = (7, 7), ..., k = 3, ...
+    +    conv1 = fxprop_ops_conv2d(x, conv1_weight, None, stride = (2, 2), ..., k = 3, ...
 
     The heading of a hunk names the layer, what it keeps and the line of the model's code. `patch` turns the
     code before, `generated_code(fxprop.restore(gm))`, into the code after, which for a module traced in

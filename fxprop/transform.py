@@ -65,7 +65,7 @@ def transform(
 ) -> Transformed:
     """Rewrite a model so that its backward pass uses only part of each layer's output gradient.
 
-    >>> model = torchvision.models.resnet50(weights="DEFAULT")
+    >>> model = torchvision.models.resnet50()
     >>> gm, report = fxprop.transform(model, 0.05, (torch.empty(8, 3, 224, 224),))
     >>> print(report); print(gm.code)
     >>> gm(images).sum().backward()
@@ -117,7 +117,7 @@ def estimate(
     """The report that `transform` would return, without making the module.
 
     >>> with torch.device("meta"):
-    ...     model = torchvision.models.vit_h_14()
+    ...     model = torchvision.models.vit_b_16()
     >>> print(fxprop.estimate(model, 0.05, (torch.empty(8, 3, 224, 224, device="meta"),)))
 
     Arguments and errors as in `transform`. Needs no weights: a model on the meta device takes seconds

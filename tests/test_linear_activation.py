@@ -1,27 +1,15 @@
-"""Linear layer and activation as one call: gradients against dense autograd with the gradient masked."""
+"""Linear layer and activation as one call, by itself and in models; see tests/test_operators.py too."""
 
 import copy
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import fxprop
 from fxprop.errors import OpError
 from fxprop.ops import linear_activation
-from fxprop.ops.activations import ACTIVATIONS
-
-# the functions as users write them, not as the operator has them
-DENSE = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": lambda x: x * torch.sigmoid(x),
-}
 
 
 def problem(rows=(3, 5), features=8, seed=0, dtype=torch.float64, has_bias=True):
@@ -43,46 +31,6 @@ def gradients(function, tensors):
 def assert_close(got, wanted, tolerance=1e-9):
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    rows=st.sampled_from([(7,), (3, 5), (2, 3, 4), ()]),
-    activation=st.sampled_from(sorted(DENSE)),
-    score=st.sampled_from(["l1", "l2"]),
-    bias=st.sampled_from([None, "full", "selected"]),
-    k=st.integers(1, 9),
-    seed=st.integers(0, 99),
-)
-def test_gradients_are_those_of_the_masked_dense_backward(rows, activation, score, bias, k, seed):
-    tensors = problem(rows, seed=seed, has_bias=bias is not None)
-    bias = bias or "full"
-    got = gradients(
-        lambda x, w, b: linear_activation(x, w, b, activation=activation, k=k, score=score, bias_grad=bias),
-        tensors,
-    )
-    linear = oracle.masked_linear(oracle.Keep(k=k, score=score, bias=bias))
-    wanted = gradients(lambda x, w, b: DENSE[activation](linear(x, w, b)), tensors)
-    assert_close(got, wanted)
-
-
-def test_the_oracle_sees_another_selection_and_another_activation():
-    tensors = problem()
-    got = gradients(lambda x, w, b: linear_activation(x, w, b, activation="gelu", k=3), tensors)
-    for k, activation in ((2, "gelu"), (3, "silu")):
-        linear = oracle.masked_linear(oracle.Keep(k=k))
-        wanted = gradients(lambda x, w, b: DENSE[activation](linear(x, w, b)), tensors)  # noqa: B023
-        with pytest.raises(AssertionError, match="not close"):
-            assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("activation", sorted(DENSE))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_is_that_of_the_two_functions(activation, dtype):
-    x, w, b = problem(dtype=dtype)
-    y = linear_activation(x, w, b, activation=activation, k=2)
-    assert torch.equal(y, ACTIVATIONS[activation](F.linear(x, w, b)))
-    assert y.requires_grad
 
 
 def test_pieces_add_up_to_the_whole(monkeypatch):
@@ -113,34 +61,10 @@ def test_bias_alone_and_nothing_at_all():
     assert not linear_activation(x, w, b.detach(), activation="silu", k=2).requires_grad
 
 
-def test_what_is_not_finite_is_kept():
-    for score in ("l1", "l2"):
-        x, w, b = problem()
-        gradient = torch.randn(3, 5, 8, dtype=torch.float64)
-        gradient[1, 2, 4] = float("nan")
-        y = linear_activation(x, w, b, activation="gelu", k=1, score=score)
-        assert torch.autograd.grad(y, w, gradient)[0][4].isnan().all()
-
-
-def test_under_autocast_and_row_sparse():
-    x, w, b = (t.detach().float().requires_grad_() for t in problem())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = linear_activation(x, w, b, activation="gelu", k=2, weight_grad="row_sparse")
-        assert y.dtype == torch.bfloat16
-        y.float().sum().backward()
-    assert w.grad.is_sparse
-    assert {t.grad.dtype for t in (x, w, b)} == {torch.float32}
-
-
 def test_errors():
     x, w, b = problem()
     with pytest.raises(OpError, match="activation='tanh': expected one of relu, gelu, gelu_tanh, silu"):
         linear_activation(x, w, b, activation="tanh", k=2)
-    (grad,) = torch.autograd.grad(
-        linear_activation(x, w, b, activation="gelu", k=2).sum(), x, create_graph=True
-    )
-    with pytest.raises(OpError, match="double backward"):
-        grad.sum().backward()
 
 
 class Mlp(nn.Module):

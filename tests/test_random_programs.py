@@ -251,7 +251,7 @@ def draw(shard: int, count: int) -> None:
 
 @pytest.mark.parametrize("shard", range(6))
 def test_random_programs(shard):
-    draw(shard, 50)
+    draw(shard, 25)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two thousand training steps with a schedule: memory, compilations and the loss."""
+"""Training for long with a schedule: memory, compilations and the loss. `pytest -m slow` trains for longer."""
 
 import gc
 import resource
@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxprop
 from fxprop import schedules
 
-STEPS = 2000
 LEVELS = 5
 
 
@@ -40,19 +39,20 @@ def alive():
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_soak(compiled):
+@pytest.mark.parametrize("steps", [600, pytest.param(2000, marks=pytest.mark.slow)])
+def test_soak(compiled, steps):
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     gm, _ = fxprop.transform(cnn(), 0.1, (batch(generator)[0],))
     counter = CompileCounterWithBackend("aot_eager")
     module = torch.compile(gm, backend=counter, fullgraph=True) if compiled else gm
     optimizer = torch.optim.Adam(gm.parameters(), lr=1e-3)
-    cosine = schedules.Cosine(0.9, 0.1, steps=STEPS // 2)
+    cosine = schedules.Cosine(0.9, 0.1, steps=steps // 2)
     scheduler = fxprop.KeepScheduler(
         module, schedules.Warmup(100, schedules.Interleave(cosine, every=10)), levels=LEVELS
     )
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         x, y = batch(generator)
         optimizer.zero_grad()
         loss = F.cross_entropy(module(x), y)
@@ -60,7 +60,7 @@ def test_soak(compiled):
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-        if step == STEPS * 3 // 4:  # every level has been seen
+        if step == steps * 3 // 4:  # every level has been seen
             tensors, memory = alive()
     after, peak = alive()
     assert after <= tensors

@@ -42,7 +42,7 @@ class PythonState:
     """What Python holds that the code of `root` can change: attributes, containers, globals, closures.
 
     >>> state = PythonState(model)
-    >>> model(x); state.changes()
+    >>> y = model(x); state.changes()
     ["attribute 'calls' of the model"]
     >>> state.restore()
     """

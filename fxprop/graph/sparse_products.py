@@ -21,7 +21,7 @@ ProductPlan = Mapping[str, Mapping[int, Sparsity]]
 class SparseProducts(ProductMode):
     """Runs the products with some parameters by their sparse operators.
 
-    >>> with SparseProducts({"w": w}, {"w": {512: Sparsity(k=25, n=512, ...)}}):
+    >>> with SparseProducts({"w": w}, {"w": {512: Sparsity(k=25, n=512)}}):
     ...     y = F.linear(x, w)
 
     A product with a number of features that the plan does not know (another part of the weight) keeps

@@ -43,7 +43,7 @@ def measure(
 ) -> Measurement:
     """Time training steps of `model`, dense and under each policy, in turn in one process.
 
-    >>> print(fxprop.measure(model, [0.25, 0.05], (torch.randn(8, 3, 224, 224),)))
+    >>> print(fxprop.measure(model, [0.25, 0.05], (x,)))
 
     Args:
         model: on the device and in the mode and memory format to be measured. Its parameters are restored.
