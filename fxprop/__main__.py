@@ -2,6 +2,6 @@
 
 import sys
 
-from fxprop.cli import main
+from fxprop.cli.main import main
 
 sys.exit(main())

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxprop
 from fxprop.errors import OpError
-from fxprop.train.site_times import SiteTimes
+from fxprop.timing.layer_times import SiteTimes
 
 FAST = {"score": "l2", "score_fraction": 0.25, "norm_grad": "kept", "bias": "selected", "when": "always"}
 
@@ -146,7 +146,7 @@ def test_chains_end_where_tuning_leaves_dense(monkeypatch):
         asked.append((site.name, sparsity.chain))
         return SiteTimes(1.0, 2.0 if site.name == "conv1" else 0.5)
 
-    monkeypatch.setattr("fxprop.train.tune.time_site", times)
+    monkeypatch.setattr("fxprop.timing.tune.time_site", times)
     report = fxprop.tune(gm, (x,))
     assert asked == [("conv1", None), ("conv2", None), ("conv3", None)]
     assert [layer.status for layer in report.layers] == ["dense", "rewritten", "rewritten", "dense"]

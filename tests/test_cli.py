@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxprop
-from fxprop import cli
+from fxprop.cli import main as cli
 
 
 def run(capsys, *argv):

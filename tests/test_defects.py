@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxprop
 from fxprop import ops
 from fxprop.errors import OpError, PolicyError
-from fxprop.frontends.source import source_line, users_stack
 from fxprop.ops import scores as select
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels import one_pass as fused
 from fxprop.ops.regions.conv_batch_norm import conv_batch_norm
 from fxprop.ops.scores import channel_scores
 from fxprop.ops.selections import SELECTIONS
+from fxprop.tracing.source_lines import source_line, users_stack
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_the_report_counts_the_entries_that_a_score_gets(score, name, fraction):
     (counted,) = report.layers
     channels = 4 if name == "depthwise" else 8
     assert counted.select_ops == 2 * sum(read) + channels
-    (decision,) = fxprop.recipe.recipe_of(gm).plans[True].decisions
+    (decision,) = fxprop.pipeline.recipe.recipe_of(gm).plans[True].decisions
     assert SELECTIONS["channel"].scored(decision.site.axes, decision.sparsity) == sum(read)
 
 

@@ -12,14 +12,14 @@ from test_inspect import Untraceable, X, net
 from torch import nn
 
 import fxprop
-from fxprop import cli
+from fxprop.cli import main as cli
 from fxprop.errors import ModelError, ReportError
-from fxprop.inspect import generated_code
-from fxprop.policy_files import to_toml
-from fxprop.recipe import recipe_of
-from fxprop.resolved import resolved
-from fxprop.train import tune
-from fxprop.train.site_times import SiteTimes
+from fxprop.inspection.code import generated_code
+from fxprop.inspection.decided_policy import resolved
+from fxprop.pipeline.recipe import recipe_of
+from fxprop.policy.files import to_toml
+from fxprop.timing import tune
+from fxprop.timing.layer_times import SiteTimes
 
 FILES = {
     "index.md", "code_before.py", "code_after.py", "code.diff", "report.html", "report.txt", "report.md",

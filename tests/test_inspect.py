@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import fxprop
-from fxprop import cli
-from fxprop.diff_colours import as_html, for_terminal
+from fxprop.cli import main as cli
 from fxprop.errors import ModelError, ReportError
-from fxprop.inspect import code_changes, generated_code, op_counts
-from fxprop.train import tune
-from fxprop.train.site_times import SiteTimes
+from fxprop.inspection.code import code_changes, generated_code, op_counts
+from fxprop.report.forms.diff_colours import as_html, for_terminal
+from fxprop.timing import tune
+from fxprop.timing.layer_times import SiteTimes
 
 X = torch.empty(4, 3, 8, 8)
 HEADING = re.compile(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@ ?(.*)")

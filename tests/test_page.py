@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 import fxprop
-from fxprop import cli
+from fxprop.cli import main as cli
 from fxprop.errors import ReportError
 from fxprop.report.forms import picture as plot
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxprop
-from fxprop import policy_files
 from fxprop.errors import PolicyError
 from fxprop.ops.axes import Shapes, of_convolution, of_linear
-from fxprop.plan import Site
-from fxprop.policy import Policy, Rule
+from fxprop.plan.sites import Site
+from fxprop.policy.policy import Policy, Rule
+from fxprop.policy.policy import files as policy_files
 
 
 def site(name="a.b", n=100, **fields):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fxprop
-from fxprop import cli, ops, settings
+from fxprop import ops, settings
+from fxprop.cli import main as cli
 from fxprop.ops.keep import Keep
 
 README = Path(__file__).parents[1] / "README.md"

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from fxprop import cli, cli_options, progress
+from fxprop import progress
+from fxprop.cli import main as cli
+from fxprop.cli import options as cli_options
 from fxprop.progress import shown, stage
 
 COMMANDS = ["report", "layers", "plot", "code", "explain", "dump", "bench", "completion"]

@@ -9,13 +9,13 @@ from helpers import X, small
 from torch import nn
 
 import fxprop
-from fxprop import cost
-from fxprop.cli import main
+from fxprop.cli.main import main
 from fxprop.errors import InputError, ModelError, ReportError
-from fxprop.plan import Sparsity
-from fxprop.train import tune as tuning
-from fxprop.train.plot import plot
-from fxprop.train.site_times import SiteTimes
+from fxprop.plan.decisions import Sparsity
+from fxprop.policy import cost_model as cost
+from fxprop.timing import tune as tuning
+from fxprop.timing.layer_times import SiteTimes
+from fxprop.timing.picture import plot
 
 
 class One(nn.Module):

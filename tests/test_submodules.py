@@ -15,9 +15,9 @@ from torch import nn
 
 import fxprop
 from fxprop.errors import InputError, TraceError
-from fxprop.frontends.module import TracedModule
 from fxprop.graph.rewrite import is_rewritten
-from fxprop.inspect import generated_code
+from fxprop.inspection.code import generated_code
+from fxprop.tracing.module.traced_module import TracedModule
 
 
 @dataclass

@@ -9,12 +9,12 @@ from torch import nn
 
 import fxprop
 from fxprop.errors import RewriteError
-from fxprop.frontends.module import TracedModule
-from fxprop.frontends.submodules import trace_model
-from fxprop.frontends.tree import copy_tree
-from fxprop.graph.match import find_sites
+from fxprop.graph.find_sites import find_sites
 from fxprop.graph.rewrite import rewrite
 from fxprop.graph.verify import verify_graph, verify_state
+from fxprop.tracing.module.copy_tree import copy_tree
+from fxprop.tracing.module.traced_module import TracedModule
+from fxprop.tracing.parts import trace_model
 
 
 @pytest.fixture

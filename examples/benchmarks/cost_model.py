@@ -11,8 +11,8 @@ from tabulate import tabulate
 from torchvision import models
 
 import fxprop
-from fxprop.cost import predicted_speedup
-from fxprop.train.tune import site_times
+from fxprop.policy.cost_model import predicted_speedup
+from fxprop.timing.tune import site_times
 
 
 def main():

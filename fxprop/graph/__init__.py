@@ -1,1 +1,1 @@
-"""From a graph to its sites, and from a plan to the rewritten graph."""
+"""Graphs to sites; a plan to rewritten graphs."""

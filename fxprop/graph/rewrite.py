@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprop.errors import RewriteError
-from fxprop.frontends.leaves import is_readable
-from fxprop.frontends.module import TracedModule
-from fxprop.frontends.stored import Graphs
-from fxprop.graph.calls import SparseCode, parameter_of
+from fxprop.graph.sparse_code import SparseCode, parameter_of
 from fxprop.graph.verify import rewritten_nodes, verify_graph
 from fxprop.ops.catalogue import OPERATORS, Operator, arguments
 from fxprop.ops.reads import Product
 from fxprop.ops.regions.table import RegionKind
-from fxprop.plan import Call, Decision, Operand, Plan, Sparsity
+from fxprop.plan.decisions import Decision, Plan, Sparsity
+from fxprop.plan.sites import Call, Operand
+from fxprop.tracing.module.stored import Graphs
+from fxprop.tracing.module.traced_module import TracedModule
+from fxprop.tracing.module_kinds import is_readable
 
 # the key in node.meta under which a rewritten node has its Decision
 META_KEY = "fxprop"

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fxprop.frontends.products import ProductMode
 from fxprop.ops.axes import Shapes
 from fxprop.ops.catalogue import OPERATORS, arguments
 from fxprop.ops.reads import Product
 from fxprop.ops.selections import SELECTIONS
-from fxprop.plan import Sparsity
+from fxprop.plan.decisions import Sparsity
+from fxprop.tracing.observe.products import ProductMode
 
 # parameter -> what is kept of it, by how many features there are to choose from
 ProductPlan = Mapping[str, Mapping[int, Sparsity]]

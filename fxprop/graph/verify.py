@@ -9,7 +9,7 @@ from torch import fx, nn
 from fxprop.errors import RewriteError
 from fxprop.ops.catalogue import OPERATORS
 from fxprop.ops.regions.table import REGIONS
-from fxprop.plan import Decision
+from fxprop.plan.decisions import Decision
 
 
 def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, ...]) -> None:

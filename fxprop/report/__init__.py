@@ -1,1 +1,1 @@
-"""From a plan to numbers, and from numbers to text."""
+"""A plan to numbers, and numbers to text, pages and pictures."""

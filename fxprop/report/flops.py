@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fxprop.ops.selections import SELECTIONS
-from fxprop.plan import Chain, Decision, Plan
+from fxprop.plan.decisions import Chain, Decision, Plan
 from fxprop.report.records import Gradients, Layer
 from fxprop.report.report import Report
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxprop.ops.axes import Shape
-from fxprop.plan import Status
+from fxprop.plan.decisions import Status
 from fxprop.report.units import Unit
 from fxprop.settings import Select, WeightGrad
 from fxprop.version import __version__

@@ -1,0 +1,1 @@
+"""Parts of the backward that are faster than torch's own kernels on what is kept."""

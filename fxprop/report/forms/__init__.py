@@ -1,1 +1,1 @@
-"""The forms of the report: each a few functions of its data."""
+"""The report as text, Markdown, page, CSV and picture."""

@@ -13,9 +13,9 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fxprop.diff_colours import as_html
 from fxprop.report import wording
 from fxprop.report.by_module import Row
+from fxprop.report.forms.diff_colours import as_html
 from fxprop.report.records import Layer, ReportData
 from fxprop.report.units import percent
 from fxprop.version import __version__

@@ -1,0 +1,1 @@
+"""Models by name: torchvision, timm, Hugging Face, modules and files."""

@@ -1,1 +1,0 @@
-"""From a model to a graph with shapes; knows nothing of sparsity."""

@@ -1,0 +1,43 @@
+"""A policy that says for each layer what was decided, whatever rules, cost model or timings decided it."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+
+from fxprop.pipeline.recipe import Recipe
+from fxprop.plan.decisions import Decision, Sparsity
+from fxprop.policy.policy import Policy, Rule
+from fxprop.settings import OF_LAYERS
+
+
+def resolved(recipe: Recipe) -> Policy:
+    """One rule per layer; by it the same model is rewritten alike on any machine.
+
+    >>> policy_files.to_toml(resolved(recipe_of(gm)))
+
+    Skipped layers have no rule. Where train and eval mode have plans of their own, the first mode's holds
+    for the layers that both have.
+    """
+    decisions: dict[str, Decision] = {}
+    for plan in recipe.plans.values():
+        for decision in plan.decisions:
+            decisions.setdefault(decision.site.name, decision)
+    return Policy(rules=[_rule(decision) for decision in _later_uses_first(decisions.values())])
+
+
+def _later_uses_first(decisions: Iterable[Decision]) -> list[Decision]:
+    """In an order in which the rule for a weight's first use does not take its second ("fc#2")."""
+    found = [decision for decision in decisions if decision.status != "skipped"]
+    return sorted(found, key=lambda decision: "#" not in decision.site.name)
+
+
+def _rule(decision: Decision) -> Rule:
+    name, sparsity = glob.escape(decision.site.name), decision.sparsity
+    return Rule(name=name, keep=1.0) if sparsity is None else _sparse(name, sparsity)
+
+
+def _sparse(name: str, sparsity: Sparsity) -> Rule:
+    given = {setting.name: getattr(sparsity, setting.name) for setting in OF_LAYERS}
+    amount = {"k": sparsity.k} if sparsity.share is None else {"keep": sparsity.share}
+    return Rule(name=name, regions=sparsity.region, when="always", **amount, **given)

@@ -1,0 +1,1 @@
+"""The stages in their order: the only place that knows it. `transform`, `estimate`, `layers`, `backend`."""

@@ -1,0 +1,109 @@
+"""What is decided for each site: Sparsity, Decision, Plan."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fxprop.ops.keep import Keep
+from fxprop.plan.sites import Region, Site
+from fxprop.settings import LayerSettings
+
+Status = Literal["rewritten", "dense", "skipped"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The region that a site's input comes from, and what it reads of the site's grad_input."""
+
+    # name of the region's site
+    upstream: str
+    # kept and all channels
+    k: int
+    n: int
+    # the part of the batch that it reads whole
+    score_fraction: float
+
+
+@dataclass(frozen=True)
+class Sparsity(LayerSettings):
+    """What a rewritten site keeps: k of n, chosen how."""
+
+    # of n at the shapes of the example inputs
+    k: int
+    n: int
+    # what is kept of however many there are, where that is the batch's; None where k is one number
+    share: float | None = None
+    # whether the site's region is rewritten as one call
+    region: bool = False
+    # set where grad_input is computed as far as the region upstream reads it
+    chain: Chain | None = None
+
+    @property
+    def keep(self) -> Keep:
+        """As the operator takes it."""
+        k = self.k if self.share is None else self.share
+        return Keep.of(k, self, chained=self.chain is not None)
+
+    @property
+    def alone(self) -> Sparsity:
+        """The same without what other sites have to do with it."""
+        return replace(self, chain=None)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a site's backward took; of a region, with its batch-norm and activation."""
+
+    # medians in seconds
+    dense: float
+    sparse: float
+    # "cpu", "cuda"
+    device: str
+    # whether sparse was faster by the margin that was asked for
+    wins: bool
+
+    def __str__(self) -> str:
+        return (
+            f"measured {1000 * self.dense:.2f} ms dense, {1000 * self.sparse:.2f} ms sparse on "
+            f"{self.device}: {self.dense / self.sparse:.2f}x"
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site, and why."""
+
+    site: Site
+    status: Status
+    # why it is dense or skipped; None where rewritten
+    reason: str | None = None
+    # set where (and only where) status is "rewritten"
+    sparsity: Sparsity | None = None
+    # which part of the policy decided: "rule 1 (name='fc')", "default", "output layer"
+    decided_by: str = "default"
+    # settings that have no meaning at the site, and why
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def region(self) -> Region | None:
+        """The region that is rewritten with the site; None if the site is rewritten alone."""
+        return self.site.region if self.sparsity is not None and self.sparsity.region else None
+
+    @property
+    def node(self) -> str:
+        """The graph node that stands for the site after the rewrite."""
+        return self.site.node if self.region is None else self.region.nodes[-1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision per site, in graph order."""
+
+    decisions: tuple[Decision, ...]
+
+    @functools.cached_property
+    def rewritten(self) -> tuple[Decision, ...]:
+        """The decisions that change the graph."""
+        return tuple(d for d in self.decisions if d.status == "rewritten")

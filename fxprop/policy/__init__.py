@@ -1,0 +1,1 @@
+"""Sites to a plan: the policy's rules, what a cost model foresees, what layers decide for each other."""

@@ -1,0 +1,77 @@
+"""Will a sparse backward be faster? A guess from bytes moved and FLOPs, without measuring.
+
+The dense backward is two products; the sparse one is two smaller products, a pass over grad_output for the
+scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; an
+entry that is moved from or to memory costs `_ENTRY` of them. Layers that fit in a cache are not modelled:
+what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
+AVX-512 (examples/benchmarks/cost_model.py shows how well); `fxprop.tune` measures instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fxprop.ops.selections import SELECTIONS, Sizes
+from fxprop.plan.decisions import Sparsity
+from fxprop.plan.sites import Site
+
+# FLOPs in the time that one entry takes between memory and core
+_ENTRY = 60.0
+# entries of input, weight and output together that a core's cache holds
+_IN_CACHE = 2**18
+# FLOPs of a large product in the time of one FLOP of a depthwise convolution
+_DEPTHWISE = 12.0
+# moves of its kept input and grad_input, besides those that a dense one makes too
+_DEPTHWISE_GATHER = 18.0
+# calls, and kernels that do less well on few channels
+_UNMODELLED = 1.15
+
+
+def region_wins(site: Site, sparsity: Sparsity) -> bool:
+    """Whether what follows the layer is better rewritten with it than left alone."""
+    assert site.region is not None
+    assert site.axes is not None
+    has_bias = site.call is not None and site.call.bias is not None
+    return site.region.kind.wins(site.axes, has_bias, sparsity)
+
+
+def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
+    """Why the site should stay dense; None if a sparse backward should win, or nothing is known."""
+    speedup = predicted_speedup(site, sparsity)
+    if speedup is None or speedup >= 1:
+        return None
+    assert site.axes is not None
+    kind = "depthwise" if site.axes.depthwise else "1x1" if _is_pointwise(site) else site.op
+    return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it all the same"
+
+
+def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
+    """Time of the dense backward over that of the sparse one; None where it is not modelled."""
+    shapes = (site.input_shape, site.weight_shape, site.output_shape)
+    selection, axes = SELECTIONS[sparsity.select], site.axes
+    if not selection.executes or axes is None or axes.multiply_adds is None or None in shapes:
+        return None
+    sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
+    needs = (site.needs_grad_input, site.needs_grad_weight)
+    if sum(sizes) < _IN_CACHE or not any(needs):
+        return None
+    share = sparsity.k / sparsity.n
+    flops = 2.0 * axes.multiply_adds * (_DEPTHWISE if axes.depthwise else 1)
+    dense = sparse = 0.0
+    for needed, weight_is_written in zip(needs, (False, True), strict=True):
+        if needed:
+            dense += flops + _ENTRY * sum(sizes)
+            sparse += share * flops + _ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
+            sparse += 1.5 * _ENTRY * sizes.weight * weight_is_written  # zeros first
+    # in a region they come with the pass that the norm's or the activation's backward makes
+    scored = 0 if sparsity.region else selection.scored(axes, sparsity)
+    moved = selection.moved_once(sizes, share)
+    if axes.depthwise:
+        moved += _DEPTHWISE_GATHER * share * sizes.input + sizes.input
+    sparse += _ENTRY * (scored + moved)
+    return dense / (_UNMODELLED * sparse)
+
+
+def _is_pointwise(site: Site) -> bool:
+    is_convolution = site.op.startswith("conv")
+    return is_convolution and all(size == 1 for size in (site.weight_shape or ())[2:])

@@ -1,0 +1,238 @@
+"""Dense against transformed on the clock, interleaved in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxprop.errors import InputError
+from fxprop.pipeline.arguments import ExampleInputs
+from fxprop.pipeline.transform import transform
+from fxprop.policy.files import PolicyLike, as_policy
+from fxprop.policy.policy import Policy
+from fxprop.pytree import tree_leaves
+from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
+from fxprop.timing.tune import site_times, tune
+
+_WARM_UP = 2
+
+
+def measure(
+    model: nn.Module,
+    policies: PolicyLike | Sequence[PolicyLike],
+    example_inputs: ExampleInputs = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    rounds: int = 10,
+    compile: bool = False,
+    amp: torch.dtype | None = None,
+    sites: bool = False,
+    tuned: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **transform_options: Any,
+) -> Measurement:
+    """Time training steps of `model`, dense and under each policy, in turn in one process.
+
+    >>> print(fxprop.measure(model, [0.25, 0.05], (x,)))
+
+    Args:
+        model: on the device and in the mode and memory format to be measured. Its parameters are restored.
+        policies: one or several, each as in `transform`.
+        example_inputs, example_kwargs: real tensors. The loss is the mean square of the outputs.
+        rounds: timed steps per variant, after two that are not timed; in every round each variant makes
+            one step, so that a slow moment hits them all.
+        compile: run every variant, the dense one too, through torch.compile.
+        amp: run forward and loss under autocast with this dtype.
+        sites: also time every rewritten layer's backward alone.
+        tuned: `fxprop.tune` every transformed module first, with `cache` as its cache.
+        progress: show a progress bar on standard error.
+        transform_options: passed to `transform`.
+
+    The step is forward, backward and SGD. Ratios are medians over the rounds of dense over sparse, with
+    quartiles. Raises InputError for inputs without data or outputs without a gradient, and what
+    `transform` raises.
+    """
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    _check_real((args, kwargs))
+    given: list[PolicyLike] = (
+        list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+    )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modules: dict[str, nn.Module] = {"dense": model}
+    savings: dict[str, tuple[float, int, float | None]] = {"dense": (0.0, 0, None)}
+    for policy in map(as_policy, given):
+        gm, report = transform(
+            model, policy, example_inputs, example_kwargs=example_kwargs, **transform_options
+        )
+        if tuned:
+            report = tune(gm, example_inputs, example_kwargs=example_kwargs, cache=cache, progress=progress)
+        name = _name(policy, modules)
+        modules[name] = gm
+        rewritten = sum(layer.status == "rewritten" for layer in report.layers)
+        savings[name] = (report.totals.saving or 0.0, rewritten, None if policy.rules else policy.keep)
+    found = {
+        name: tuple(site_times(gm, example_inputs, rounds, progress)) if sites and name != "dense" else ()
+        for name, gm in modules.items()
+    }
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    runners = {
+        name: _Runner(torch.compile(gm) if compile else gm, args, kwargs, amp, device)
+        for name, gm in modules.items()
+    }
+    steps: dict[str, list[Step]] = {name: [] for name in modules}
+    try:
+        for round_ in tqdm(range(rounds + _WARM_UP), "steps", disable=not progress, leave=False):
+            for name, runner in runners.items():
+                step = runner.step()
+                if round_ >= _WARM_UP:
+                    steps[name].append(step)
+        memory = {name: runner.memory() for name, runner in runners.items()}
+    finally:
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                value.copy_(before[key])
+        model.zero_grad()
+    variants = [
+        Variant(
+            name,
+            *savings[name],
+            tuple(steps[name]),
+            *memory[name],
+            tuple(SiteRow(site.name, s.k, s.n, *times) for site, s, times in found[name]),
+        )
+        for name in modules
+    ]
+    shapes = [
+        "x".join(map(str, leaf.shape)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+    ]
+    setting = {"input": " ".join(shapes), **_setting(device, rounds, compile, amp, tuned)}
+    return Measurement(type(model).__name__, setting, tuple(variants))
+
+
+def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
+    """What tells the policy from others, in a few words."""
+    amount = (
+        f"k {policy.k}" if policy.k is not None else f"keep {policy.keep:g}" if policy.keep else "rules"
+    )
+    if policy.keep and policy == Policy.fast(policy.keep):
+        return f"{amount}, fast"
+    extra = [
+        *([policy.select] if policy.select != "channel" else []),
+        *([policy.score] if policy.score != "l1" else []),
+        *([f"scores from {policy.score_fraction:g}"] if policy.score_fraction != 1 else []),
+        *(["norm grads kept"] if policy.norm_grad != "full" else []),
+        *(["row-sparse"] if policy.weight_grad == "row_sparse" else []),
+        *(["no regions"] if not policy.regions else []),
+        *(["always"] if policy.when == "always" else []),
+    ]
+    name = ", ".join([amount, *extra])
+    return name if name not in taken else f"{name} ({len(taken)})"
+
+
+class _Runner:
+    """Makes training steps with one module."""
+
+    def __init__(
+        self,
+        module: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        amp: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._amp, self._device = amp, device
+        assert isinstance(module, nn.Module)
+        # so small a rate that many steps leave the model where it is
+        self._optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+
+    def step(self) -> Step:
+        """One training step, timed."""
+        self._optimizer.zero_grad()
+        start = self._now()
+        loss = self._loss()
+        forward = self._now()
+        torch.autograd.backward(loss)
+        backward = self._now()
+        self._optimizer.step()
+        return Step(forward - start, backward - forward, self._now() - backward)
+
+    def memory(self) -> tuple[int, int | None]:
+        """Bytes saved for the backward, and the highest allocation of a step."""
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        own = {t.untyped_storage().data_ptr() for t in self._parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self._loss()
+        saved = sum(size for pointer, size in sizes.items() if pointer not in own)
+        del loss
+        if self._device.type != "cuda":
+            return saved, None
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self.step()
+        return saved, torch.cuda.max_memory_allocated(self._device)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _loss(self) -> Tensor:
+        context: AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._amp is not None:
+            context = torch.autocast(self._device.type, dtype=self._amp)
+        with context:
+            outputs = tree_leaves(self._module(*self._args, **self._kwargs))
+            losses = [
+                t.float().square().mean() for t in outputs if isinstance(t, Tensor) and t.requires_grad
+            ]
+            if not losses:
+                raise InputError(
+                    "no output of the model requires a gradient: nothing to measure. Is it frozen, or "
+                    "under no_grad?"
+                )
+            return torch.stack(losses).sum()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _check_real(inputs: Any) -> None:
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and (leaf.is_meta or type(leaf) is not Tensor):
+            raise InputError(
+                f"measure got a {type(leaf).__name__} on {leaf.device.type}: expected real tensors, "
+                "which can be computed with"
+            )
+
+
+def _setting(
+    device: torch.device, rounds: int, compile: bool, amp: torch.dtype | None, tuned: bool
+) -> dict[str, Any]:
+    allocator = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "allocator": " ".join(f"{key}={value}" for key, value in allocator.items()) or "default",
+        "rounds": rounds,
+        **({"compile": True} if compile else {}),
+        **({"amp": str(amp).removeprefix("torch.")} if amp else {}),
+        **({"tuned": True} if tuned else {}),
+    }

@@ -1,1 +1,0 @@
-"""During training: another keep ratio, and schedules of it."""

@@ -1,0 +1,1 @@
+"""How much is kept over the steps of a training."""

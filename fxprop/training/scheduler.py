@@ -1,0 +1,140 @@
+"""KeepScheduler: the keep ratio over training, with the interface of torch's LR schedulers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fxprop import settings
+from fxprop.errors import PolicyError
+from fxprop.pipeline.put_in_force import put_in_force, unwrapped
+from fxprop.pipeline.recipe import recipe_of
+from fxprop.policy.policy import Rule
+from fxprop.training.schedules import Schedule
+
+
+class KeepScheduler:
+    """Sets the keep ratio of a transformed module as training goes on.
+
+    >>> gm, report = fxprop.transform(model, 0.05, (x,))
+    >>> scheduler = fxprop.KeepScheduler(gm, schedules.Warmup(100, schedules.Cosine(1.0, 0.05, steps=1000)))
+    >>> for x, y in loader:
+    ...     loss(gm(x), y).backward(); optimizer.step(); scheduler.step()
+
+    Args:
+        gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel.
+        schedule: from `fxprop.schedules`, or any function from a step to a keep ratio. As a number given
+            to `fxprop.set_keep`, it applies wherever the policy is sparse; 1.0 is dense.
+        rules: schedules of their own for some layers, by a glob on the layer's name: they come before the
+            policy's rules.
+        levels: how many different keep ratios a schedule may take between its lowest and its highest
+            value (equal ratios apart; dense, where a warm-up or interleaving asks for it, comes on top),
+            or those ratios themselves, or None for no bound. Under torch.compile each is compiled once.
+        last_step: the step the schedule is at.
+
+    As in torch's schedulers, making one sets the ratio of step `last_step + 1`. Raises PolicyError for
+    values that are no keep ratio, and for a glob that matches no layer.
+    """
+
+    def __init__(
+        self,
+        gm: nn.Module,
+        schedule: Schedule,
+        *,
+        rules: Mapping[str, Schedule] | None = None,
+        levels: int | Sequence[float] | None = 6,
+        last_step: int = -1,
+    ) -> None:
+        self._gm = unwrapped(gm)
+        recipe_of(self._gm)
+        self._schedules: dict[str | None, Schedule] = {None: schedule}
+        self._schedules.update(rules or {})
+        for name, given in self._schedules.items():
+            if not callable(given):
+                raise PolicyError(
+                    f"schedule{'' if name is None else f' of {name!r}'} is {given!r}: expected one of "
+                    "fxprop.schedules, or a function from a step to a keep ratio"
+                )
+        self._levels = {name: _levels(given, levels) for name, given in self._schedules.items()}
+        self.last_step = last_step
+        self._last_keep: list[float] = []
+        self.step()
+
+    def step(self) -> None:
+        """Go to the next step, and set the keep ratios that belong to it."""
+        self._set(self.last_step + 1)
+
+    def get_last_keep(self) -> list[float]:
+        """The keep ratios in force: the schedule's, then those of `rules` in their order."""
+        return list(self._last_keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; the schedules themselves are not in it."""
+        return {"last_step": self.last_step, "last_keep": self.get_last_keep()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with the keep ratios that were in force then.
+
+        Raises PolicyError if the schedules give other ratios for that step than they gave then.
+        """
+        step, keep = state_dict["last_step"], list(state_dict["last_keep"])
+        found = self._keep_at(step)
+        if len(found) != len(keep) or not all(map(math.isclose, found, keep)):
+            raise PolicyError(
+                f"the checkpoint has keep ratios {keep} at step {step}; the schedules given here have "
+                f"{found}. Make the scheduler with the schedules of the checkpoint."
+            )
+        self._set(step)
+
+    def _keep_at(self, step: int) -> list[float]:
+        found = []
+        for name, schedule in self._schedules.items():
+            keep = schedule(step)
+            settings.check("keep", keep, f"schedule at step {step}")
+            found.append(_nearest(keep, self._levels[name]))
+        return found
+
+    def _set(self, step: int) -> None:
+        keep = self._keep_at(step)
+        if keep != self._last_keep:
+            recipe = recipe_of(self._gm)
+            policy = recipe.policy.with_keep(keep[0])
+            names = [name for name in self._schedules if name is not None]
+            own = [Rule(name=name, keep=value) for name, value in zip(names, keep[1:], strict=True)]
+            put_in_force(self._gm, recipe, replace(policy, rules=(*own, *policy.rules)))
+        self.last_step, self._last_keep = step, keep
+
+
+def _levels(schedule: Schedule, levels: int | Sequence[float] | None) -> tuple[float, ...] | None:
+    """The keep ratios that a schedule may take, besides dense; None for any."""
+    if levels is None:
+        return None
+    if not isinstance(levels, int):
+        for level in levels:
+            settings.check("keep", level, "levels")
+        if not levels:
+            raise PolicyError("levels is empty: give the keep ratios, their number, or None for no bound")
+        return tuple(levels)
+    if isinstance(levels, bool) or levels < 1:
+        raise PolicyError(f"levels={levels!r}: expected an integer of at least 1, ratios, or None")
+    bounds = getattr(schedule, "range", None)
+    if bounds is None:
+        raise PolicyError(
+            f"levels={levels} needs the range of the schedule, which a function of your own does not "
+            "tell: give the ratios themselves, such as levels=(1.0, 0.3, 0.1), or levels=None"
+        )
+    low, high = bounds
+    if levels == 1 or low == high:
+        return (low,)
+    ratio = (high / low) ** (1 / (levels - 1))
+    return (*(low * ratio**number for number in range(levels - 1)), high)
+
+
+def _nearest(keep: float, levels: tuple[float, ...] | None) -> float:
+    if levels is None or keep == 1.0:
+        return keep
+    return min(levels, key=lambda level: abs(math.log(level / keep)))
