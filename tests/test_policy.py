@@ -11,8 +11,8 @@ import fxprop
 from fxprop.errors import PolicyError
 from fxprop.ops.axes import Shapes, of_convolution, of_linear
 from fxprop.plan.sites import Site
+from fxprop.policy import files as policy_files
 from fxprop.policy.policy import Policy, Rule
-from fxprop.policy.policy import files as policy_files
 
 
 def site(name="a.b", n=100, **fields):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprop
 from fxprop import ops
 from fxprop.errors import OpError
-from fxprop.policy.policy import files as policy_files
+from fxprop.policy import files as policy_files
 
 KEEP = {"select": "row", "score": "l1"}
 
