@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from operators import OPERATORS
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -112,6 +113,47 @@ def test_compiled_gradients_by_inductor(name, select, dtype):
     if dtype == torch.float64 and name != "resnet18" and torch.__version__ < "2.12":
         pytest.skip("inductor of torch 2.11 cannot compile attention in float64, of dense models either")
     check(name, select, dtype, "inductor")
+
+
+@pytest.mark.parametrize("select", ["channel", "element", "row"])
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_code_behind_an_operator_is_compiled_under_the_same_autocast(operator, select):
+    """A backward that is traced twice would leave it off: see `fxprop.ops.kernels.layout`."""
+    sample = operator.samples[0]
+    leaves = sample.leaves(torch.bfloat16 if operator.name == "grouped_mm" else torch.float32)
+    dtype = leaves["weight"].dtype
+    if select == "row" and operator.name.startswith(("conv_batch_norm", "linear_activation", "grouped_mm")):
+        pytest.skip("it has channels and elements only")
+
+    def call():
+        return operator.run(sample, leaves, k=2, select=select), torch.is_autocast_enabled("cpu")
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, still_on = torch.compile(call, fullgraph=True, backend="aot_eager")()
+    assert still_on
+    output.float().square().sum().backward()
+    assert leaves["weight"].grad.dtype == dtype
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layers_in_a_row_under_autocast(channels_last):
+    torch.manual_seed(0)
+    convolutions = (nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 8 * 8, 32), nn.Linear(32, 4))
+    x = torch.randn(4, 3, 8, 8)
+    gm, _ = fxprop.transform(model, fxprop.Policy(keep=0.25, when="always", regions=False), (x,))
+    if channels_last:
+        gm, x = gm.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    found = []
+    for module in (gm, torch.compile(copy.deepcopy(gm), fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(x)
+        assert output.dtype == torch.bfloat16
+        found.append(torch.autograd.grad(output.float().square().mean(), tuple(module.parameters())))
+    assert [grad.dtype for grad in found[1]] == [torch.float32] * len(found[0])
+    assert difference(found[1], found[0]) < 0.05
 
 
 def test_the_difference_can_be_seen():

@@ -9,6 +9,7 @@ copies. Same arithmetic, same FLOPs.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +93,13 @@ def _shifted(
     reach = [step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True)]
     margins = [r - p for r, p in zip(reach, padding, strict=True)]
     padded = F.pad(grad_output, [side for margin in reversed(margins) for side in (margin, margin)])
-    n, k, *_ = padded.shape
-    of_n, of_k, *steps = padded.stride()
-    of_taps = [step * stride for step, stride in zip(dilation, steps, strict=True)]
+    # [N, k, *kernel, *size], a view
+    windows = padded
+    behind: tuple[Any, ...] = (slice(None),) * len(size)
+    for dim, (length, step) in enumerate(zip(size, dilation, strict=True), start=2):
+        windows = windows.unfold(dim, length, 1)[(..., slice(None, None, step), *behind)]
     if in_rows:
-        view = padded.as_strided((n, *size, k, *kernel), (of_n, *steps, of_k, *of_taps))
-        return view.reshape(n * math.prod(size), -1)
-    view = padded.as_strided((n, k, *kernel, *size), (of_n, of_k, *of_taps, *steps))
-    return view.reshape(n, -1, math.prod(size))
+        taps = range(1, 2 + len(size))
+        windows = windows.permute(0, *range(2 + len(size), windows.dim()), *taps)
+        return windows.reshape(len(padded) * math.prod(size), -1)
+    return windows.reshape(len(padded), -1, math.prod(size))

@@ -25,7 +25,14 @@ def take_features(rows: Tensor, kept: Tensor) -> Tensor:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether [N, C, *spatial] lies in memory as [N, *spatial, C]."""
+    """Whether [N, C, *spatial] lies in memory as [N, *spatial, C].
+
+    False under torch.compile, which chooses layouts itself. There a backward that asks for strides is
+    traced twice, the second time with contiguous gradients, and the first trace never leaves the autocast
+    mode that it entered: whatever follows would be traced without autocast.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
 
 
