@@ -120,7 +120,7 @@ def _convolve_transposed(
     if unbatched:
         input = input.unsqueeze(0)
     stride, padding, dilation = (expand(value, dims) for value in (stride, padding, dilation))
-    form = Convolution(stride, padding, dilation, groups, True, expand(output_padding, dims))
+    form = Convolution(stride, padding, dilation, groups, True, expand(output_padding, dims), None)
     output = run(form, keep, input, weight, bias)
     return output.squeeze(0) if unbatched else output
 
