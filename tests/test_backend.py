@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import gradients_by_name
 from torch import nn
 
 import fxprop
@@ -28,20 +29,14 @@ class Net(nn.Module):
         return self.fc(torch.tanh(x))
 
 
-def gradients(function, model, x):
-    model.zero_grad()
-    function(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", lambda gm, inputs: gm.forward])
 def test_gradients_equal_eager_ones(inner):
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(2, 3, 8, 8).double()
-    expected = gradients(fxprop.transform(model, 0.5, (x,)).module, model, x)
+    expected = gradients_by_name(model, x, fxprop.transform(model, 0.5, (x,)).module)
     backend = fxprop.backend(0.5, inner=inner)
-    ours = gradients(torch.compile(model, backend=backend, fullgraph=True), model, x)
-    dense = gradients(model, model, x)
+    ours = gradients_by_name(model, x, torch.compile(model, backend=backend, fullgraph=True))
+    dense = gradients_by_name(model, x, model)
     for name, grad in expected.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(ours["blocks.0.weight"], dense["blocks.0.weight"])
@@ -52,8 +47,8 @@ def test_gradients_equal_eager_ones(inner):
 def test_inductor():
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(2, 3, 8, 8).double()
-    expected = gradients(fxprop.transform(model, 0.5, (x,)).module, model, x)
-    ours = gradients(torch.compile(model, backend=fxprop.backend(0.5)), model, x)
+    expected = gradients_by_name(model, x, fxprop.transform(model, 0.5, (x,)).module)
+    ours = gradients_by_name(model, x, torch.compile(model, backend=fxprop.backend(0.5)))
     for name, grad in expected.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-12)
 

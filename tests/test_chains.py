@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -58,11 +59,6 @@ def gradients(module, x):
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     loss = module(x).square().sum()
     return torch.autograd.grad(loss, [x, *module.parameters()])
-
-
-def assert_close(got, wanted):
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)

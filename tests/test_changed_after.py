@@ -7,19 +7,8 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import (
-    MAY_RUN_AS_WRITTEN,
-    POLICY,
-    Net,
-    X,
-    assert_behaves_like,
-    assert_equal,
-    outcome,
-    saved_tensors,
-    state_of,
-    transform,
-    warned,
-)
+from compare import assert_behaves_like, assert_equal, outcome, saved_tensors, state_of, warned
+from models import MAY_RUN_AS_WRITTEN, POLICY, Net, X, transform
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 

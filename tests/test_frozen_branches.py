@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from nets import (
-    MAY_RUN_AS_WRITTEN,
-    Cases,
-    X,
-    assert_equal,
-    names_the_line,
-    outcome,
-    surroundings,
-    transform,
-)
+from compare import assert_equal, names_the_line, outcome, surroundings
+from models import MAY_RUN_AS_WRITTEN, Cases, X, transform
 from torch import nn
 
 import fxprop

@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import (
-    MAY_RUN_AS_WRITTEN,
-    POLICY,
-    Cases,
-    X,
+from compare import (
     assert_behaves_like,
     assert_equal,
     names_the_line,
     seed,
     state_and_hooks_of,
     surroundings,
-    transform,
 )
+from models import MAY_RUN_AS_WRITTEN, POLICY, Cases, X, transform
 from torch import nn
 
 import fxprop

@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
-from helpers import X, assert_unchanged, small, snapshot
+from compare import assert_unchanged, snapshot
+from models import IMAGES as X
+from models import small
 from torch import nn
 
 import fxprop

@@ -11,19 +11,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import (
-    MAY_RUN_AS_WRITTEN,
-    POLICY,
-    Net,
-    X,
-    assert_behaves_like,
-    assert_equal,
-    seed,
-    sparse_rows,
-    state_and_hooks_of,
-    surroundings,
-    transform,
-)
+from compare import assert_behaves_like, assert_equal, seed, state_and_hooks_of, surroundings
+from models import MAY_RUN_AS_WRITTEN, POLICY, Net, X, sparse_rows, transform
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

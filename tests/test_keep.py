@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from compare import equal, gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -45,15 +46,6 @@ def case(name, keep=0.1, **kwargs):
     model, x = build(), torch.randn(shape)
     gm, report = fxprop.transform(model, keep, (x,), **kwargs)
     return model, gm, report, x
-
-
-def gradients(module, x):
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.autograd.grad(module(x).square().sum(), parameters)
-
-
-def equal(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_close
 from torch import nn
 
 import fxprop
@@ -26,11 +27,6 @@ def gradients(function, tensors):
     output = function(*tensors)
     coefficients = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output.dtype)
     return torch.autograd.grad((output * coefficients).sum(), leaves, allow_unused=True)
-
-
-def assert_close(got, wanted, tolerance=1e-9):
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_pieces_add_up_to_the_whole(monkeypatch):

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import X, small
+from models import IMAGES as X
+from models import small
 from torch import nn
 
 import fxprop

@@ -8,16 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import (
-    MAY_RUN_AS_WRITTEN,
-    Net,
-    X,
-    assert_behaves_like,
-    equal,
-    sparse_rows,
-    state_of,
-    transform,
-)
+from compare import assert_behaves_like, equal, state_of
+from models import MAY_RUN_AS_WRITTEN, Net, X, sparse_rows, transform
 from torch import fx, nn
 from torch.fx.passes.split_module import split_module
 

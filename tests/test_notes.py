@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from nets import Net, X, transform
+from models import Net, X, transform
 from torch import nn
 
 import fxprop

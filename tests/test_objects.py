@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import equal, gradients
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils import parametrizations, parametrize
@@ -52,15 +53,6 @@ def made(keep=0.25, model=None, **kwargs):
     return model, fxprop.transform(model, keep, (X,), **kwargs)[0]
 
 
-def gradients(module, x=X):
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.autograd.grad(module(x).square().sum(), parameters)
-
-
-def equal(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def test_the_class_its_methods_and_its_own_train_stay():
     model, gm = made()
     assert isinstance(gm, Net)
@@ -93,7 +85,7 @@ def test_the_module_itself_in_a_file(tmp_path):
     torch.save(gm, tmp_path / "module.pt")
     twin = torch.load(tmp_path / "module.pt", weights_only=False)
     assert isinstance(twin, Net)
-    assert equal(gradients(twin), gradients(gm))
+    assert equal(gradients(twin, X), gradients(gm, X))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -112,7 +104,7 @@ def test_functional_call_and_grad():
         return functional_call(gm, parameters, (x,)).square().sum()
 
     found = grad(loss)(parameters, X)
-    assert equal([found[name] for name in parameters], gradients(gm))
+    assert equal([found[name] for name in parameters], gradients(gm, X))
     doubled = {name: 2 * p for name, p in parameters.items()}
     assert not torch.equal(functional_call(gm, doubled, (X,)), gm(X))
 
@@ -205,8 +197,8 @@ def test_parametrized_before_and_after(how):
     after.load_state_dict(before.state_dict())
     assert torch.equal(gm(X), before(X))
     assert torch.equal(after(X), before(X))
-    assert equal(gradients(gm), gradients(after))
-    assert not equal(gradients(gm), gradients(before))
+    assert equal(gradients(gm, X), gradients(after, X))
+    assert not equal(gradients(gm, X), gradients(before, X))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
@@ -223,7 +215,7 @@ def test_weights_computed_by_hooks(how):
         with torch.no_grad():
             own = gm.fc1.weight_g if how is nn.utils.weight_norm else gm.fc1.weight_orig
             own.mul_(1.5)  # the hook sees it
-    assert not equal(gradients(gm), gradients(model))
+    assert not equal(gradients(gm, X), gradients(model, X))
     later = made()[1]
     how(later.fc1)
     with pytest.warns(UserWarning, match="hooks on fc1 do not run"):
@@ -289,12 +281,12 @@ def test_dtype_and_modes_of_inference():
 
 def test_backward_in_several_threads():
     _, gm = made()
-    expected = gradients(gm)
+    expected = gradients(gm, X)
     found, errors = [None] * 4, []
 
     def work(number):
         try:
-            found[number] = gradients(gm)
+            found[number] = gradients(gm, X)
         except Exception as error:
             errors.append(error)
 

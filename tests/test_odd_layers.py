@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Net
 from torch import nn
 
 import fxprop
@@ -17,17 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype
 DOUBLE = torch.float64
 HALF = fxprop.Policy(keep=0.5, when="always")
 FRONTENDS = ("symbolic", "submodules", "export")
-
-
-class Net(nn.Module):
-    """Two layers, each with its activation, and an output layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.o = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
-
-    def forward(self, x):
-        return self.o(torch.relu(self.b(torch.relu(self.a(x)))))
 
 
 class ByFunction(nn.Module):

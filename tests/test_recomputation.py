@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import equal, gradients_by_name
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -53,22 +54,12 @@ def made(keep=0.25, reentrant=None, **kwargs):
     return fxprop.transform(Net(reentrant).double(), keep, (X,), **kwargs)
 
 
-def gradients(module, run=None, x=X):
-    module.zero_grad()
-    (run or module)(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
-
-
-def equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_around_the_transformed_module(reentrant):
     gm, _ = made()
     run = functools.partial(checkpoint, gm, use_reentrant=reentrant)
     x = X.clone().requires_grad_()
-    assert equal(gradients(gm, run, x), gradients(gm))
+    assert equal(gradients_by_name(gm, x, run), gradients_by_name(gm, X))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -79,7 +70,7 @@ def test_checkpoint_inside_the_model(reentrant):
     assert [(layer.name, layer.k) for layer in report.layers] == [
         (layer.name, layer.k) for layer in plain_report.layers
     ]
-    assert equal(gradients(gm), gradients(plain))
+    assert equal(gradients_by_name(gm, X), gradients_by_name(plain, X))
     loss = Net(reentrant).double()(X).sum()
     with FlopCounterMode(display=False) as counted:
         loss.backward()
@@ -91,7 +82,7 @@ def test_checkpoint_inside_the_model(reentrant):
 def test_checkpoint_wrapper_on_preserved_blocks():
     plain, _ = made()
     gm, _ = made(preserve_modules=[Block])
-    expected = gradients(plain)
+    expected = gradients_by_name(plain, X)
     apply_activation_checkpointing(
         gm, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: isinstance(module, Block)
     )
@@ -99,7 +90,7 @@ def test_checkpoint_wrapper_on_preserved_blocks():
     for name, module in (("recomputed", gm), ("kept", plain)):
         saved[name] = saved_bytes(module, X)
     assert saved["recomputed"] < saved["kept"]
-    found = gradients(gm)
+    found = gradients_by_name(gm, X)
     assert equal({n.replace("_checkpoint_wrapped_module.", ""): g for n, g in found.items()}, expected)
 
 
@@ -109,7 +100,7 @@ def test_checkpoint_sequential():
     x = torch.randn(5, 8)
     gm, _ = fxprop.transform(model, 0.25, (x,), preserve_modules=["?"])
     run = functools.partial(checkpoint_sequential, gm, 2, use_reentrant=False)
-    assert equal(gradients(gm, run, x), gradients(gm, x=x))
+    assert equal(gradients_by_name(gm, x, run), gradients_by_name(gm, x))
 
 
 def saved_bytes(module, x):
@@ -146,7 +137,7 @@ def test_activation_memory_of_attention_is_not_above_the_dense_models():
 
 def test_accumulation_and_zero_grad():
     gm, _ = made()
-    once = gradients(gm)
+    once = gradients_by_name(gm, X)
     gm(X).square().sum().backward()
     for name, parameter in gm.named_parameters():
         assert torch.allclose(parameter.grad, 2 * once[name])
@@ -238,15 +229,15 @@ def test_what_cannot_be_preserved_is_an_error_that_names_the_near_misses():
 
 def test_tensors_saved_elsewhere():
     gm, _ = made()
-    expected = gradients(gm)
+    expected = gradients_by_name(gm, X)
     with torch.autograd.graph.save_on_cpu():
-        assert equal(gradients(gm), expected)
+        assert equal(gradients_by_name(gm, X), expected)
 
     def pack(tensor):
         return tensor.detach().clone()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert equal(gradients(gm), expected)
+        assert equal(gradients_by_name(gm, X), expected)
 
 
 def test_in_place_change_of_a_saved_weight_is_noticed():

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from helpers import X, small
+from models import IMAGES as X
+from models import small
 from torch import nn
 
 import fxprop

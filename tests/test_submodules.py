@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_unchanged, snapshot
 from coverage_oracle import gradients_equal
-from helpers import assert_unchanged, snapshot
 from torch import nn
 
 import fxprop

@@ -9,7 +9,9 @@ import weakref
 import pytest
 import torch
 import torchvision
-from helpers import X, assert_unchanged, small, snapshot
+from compare import assert_unchanged, snapshot
+from models import IMAGES as X
+from models import small
 from torch import fx, nn
 
 import fxprop

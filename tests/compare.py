@@ -1,4 +1,4 @@
-"""Nets whose code does more than compute, and what it takes to compare them with an untouched one."""
+"""Comparisons: of tensors and state, of a model with an untouched one, of what a call leaves behind."""
 
 import contextlib
 import copy
@@ -8,75 +8,12 @@ import random
 import re
 import warnings
 import weakref
-from typing import NamedTuple
+from collections.abc import Iterator, ValuesView
 
 import numpy as np
-import pytest
 import torch
-from torch import fx, nn
-
-import fxprop
-
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-POLICY = fxprop.Policy(keep=0.3, when="always")
-# a module that finds itself changed may say, once, that it now runs as it is written
-MAY_RUN_AS_WRITTEN = pytest.mark.filterwarnings("ignore:.*runs? as written:UserWarning")
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.o = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
-
-    def body(self, x):
-        return self.o(torch.relu(self.b(torch.relu(self.a(x)))))
-
-    def forward(self, x):
-        return self.body(x)
-
-
-def sparse_rows(linear):
-    """How many rows of a Linear's gradient are not zero; with keep=0.3 of 12, at most 4."""
-    return int((linear.weight.grad.abs().sum(1) > 0).sum())
-
-
-def transform(model, *args, **kwargs):
-    """Ours, with the policy of these tests."""
-    inputs = args if kwargs.get("example_kwargs") else args or (X,)
-    return fxprop.transform(model, POLICY, inputs, **kwargs)
-
-
-class Case(NamedTuple):
-    forward: object
-    setup: object
-    inputs: tuple
-    kwargs: dict
-
-    def make(self):
-        torch.manual_seed(0)
-        model = type(self.forward.__name__, (Net,), {"forward": self.forward})()
-        if self.setup is not None:
-            self.setup(model)
-        return model
-
-
-class Cases(dict):
-    """Forwards by name. `@cases(setup)` adds one; `setup` prepares each Net that gets this forward."""
-
-    def __call__(self, setup=None, inputs=(X,), **kwargs):
-        def add(forward):
-            self[forward.__name__] = Case(forward, setup, inputs, kwargs)
-            return forward
-
-        return add
-
-    @classmethod
-    def of(cls, *inputs, **forwards):
-        """Those whose code is one expression."""
-        cases = cls()
-        for name, forward in forwards.items():
-            cases[name] = Case(forward, None, inputs, {})
-        return cases
+from models import X
+from torch import fx
 
 
 def saved_tensors(call):
@@ -141,6 +78,9 @@ def state_and_hooks_of(model):
 
 
 def equal(ours, theirs):
+    """To the bit, and of the same type; NaN is equal to itself."""
+    if isinstance(theirs, Iterator | ValuesView):
+        ours, theirs = list(ours), list(theirs)
     if isinstance(theirs, torch.Tensor):
         same = type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
         return same and torch.allclose(ours, theirs, atol=0, rtol=0, equal_nan=True)
@@ -246,3 +186,45 @@ def warned():
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         yield given
+
+
+def snapshot(model):
+    """Everything a failed or finished call must leave alone."""
+    return (
+        model.training,
+        {key: (id(value), value.clone()) for key, value in model.state_dict(keep_vars=True).items()},
+        {name: sorted(vars(module)) for name, module in model.named_modules()},
+        {name: module.training for name, module in model.named_modules()},
+        [parameter.grad for parameter in model.parameters()],
+        torch.get_rng_state(),
+    )
+
+
+def assert_unchanged(model, before):
+    after = snapshot(model)
+    assert after[0] == before[0]
+    assert after[2:5] == before[2:5]
+    assert torch.equal(after[5], before[5])
+    assert after[1].keys() == before[1].keys()
+    for key, (identity, value) in before[1].items():
+        assert after[1][key][0] == identity, key
+        assert torch.equal(after[1][key][1], value), key
+
+
+def gradients(module, x):
+    """Of the parameters that want one, in their order."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.autograd.grad(module(x).square().sum(), parameters)
+
+
+def gradients_by_name(model, x, run=None):
+    """Of a backward; `run` is what calls the model."""
+    model.zero_grad()
+    (model if run is None else run)(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(ours, theirs, tolerance=1e-9):
+    """One tensor after the other."""
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
