@@ -56,6 +56,7 @@ READY = {
         f"conv_transpose{d}d": lambda d=d: of_operator((2, 8, *[5] * d), (8, 8, *[3] * d))
         for d in (1, 2, 3)
     },
+    "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "conv_batch_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "linear": lambda: of_operator((4, 16), (64, 16)),
     "linear_activation": lambda: of_operator((4, 16), (256, 16)),
@@ -132,7 +133,7 @@ def examples():
         if not inspect.ismodule(value):
             found += [(test, module, True) for test in finder.find(value, name, module=False, globs={})]
     for info in pkgutil.walk_packages(fxprop.__path__, "fxprop."):
-        if not info.name.endswith("__main__"):
+        if info.name not in ("fxprop.__main__", "fxprop.frontends"):
             module = importlib.import_module(info.name)
             of_schedules = module is fxprop.schedules
             found += [(test, module, of_schedules) for test in finder.find(module, module.__name__)]

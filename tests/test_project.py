@@ -213,3 +213,8 @@ def test_errors_are_one_family():
         assert issubclass(error, fxprop.FxpropError)
     with pytest.raises(fxprop.FxpropError, match="keep"):
         fxprop.Policy(keep=2)
+
+
+def test_what_0_1_saved_says_that_it_cannot_be_loaded():
+    with pytest.raises(ImportError, match=r"a module that fxprop 0\.1 transformed.*restore\(gm\)"):
+        __import__("fxprop.frontends.module")

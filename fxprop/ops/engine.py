@@ -38,24 +38,23 @@ class _Sparse(SparseFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = _backward(ctx, grad_output)
+        # read once: checkpointing hands out each tensor but once
         input, weight, *others = ctx.saved_tensors
+        of = Operands(input, weight, tuple(others), tuple(ctx.needs_input_grad[2:4]))
+        with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
+            grads = _backward(ctx, grad_output, of)
         marked = refuse_double_backward(grads, (grad_output, input, weight))
         return None, None, *marked, *(None for _ in others)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> Gradients:
-    input, weight, *others = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
-    form, keep = ctx.form, ctx.keep
-    grad = form.arrange(grad_output, weight)
+def _backward(ctx: Any, grad_output: Tensor, of: Operands) -> Gradients:
+    form, keep, needs_bias = ctx.form, ctx.keep, ctx.needs_input_grad[4]
+    grad = form.arrange(grad_output, of.weight)
     full_bias = None
     if needs_bias and keep.bias_grad == "full":
-        full_bias = form.bias(grad, None, weight, ctx.bias_shape)
+        full_bias = form.bias(grad, None, of.weight, ctx.bias_shape)
         needs_bias = False
-    if not (needs_input or needs_weight or needs_bias):
+    if not (any(of.needed) or needs_bias):
         return None, None, full_bias
-    of = Operands(input, weight, tuple(others), (needs_input, needs_weight))
     found = SELECTIONS[keep.select].backward(form, keep, grad, of, ctx.bias_shape if needs_bias else None)
     return found[0], found[1], full_bias if full_bias is not None else found[2]

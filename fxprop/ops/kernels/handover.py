@@ -41,6 +41,18 @@ class ChainEnd:
     choose: Callable[[Any, Tensor], Tensor]
     score_fraction: float
     handed: Handed | None = None
+    # the node's saved tensors, if `choose` has read them: checkpointing hands out each but once
+    _saved: tuple[Any, ...] | None = None
+
+    def look(self, node: Any) -> tuple[Any, ...]:
+        """The node's saved tensors, before its own backward."""
+        self._saved = tuple(node.saved_tensors)
+        return self._saved
+
+    def saved_of(self, node: Any) -> tuple[Any, ...]:
+        """The node's saved tensors, in its own backward."""
+        saved, self._saved = self._saved, None
+        return tuple(node.saved_tensors) if saved is None else saved
 
     def take(self, grad_output: Tensor) -> Handed | None:
         """What was handed over in place of `grad_output`, once; None if nothing was."""

@@ -15,7 +15,7 @@ from fxprop.ops.form import Form
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.batch_norm import NormBackward
 from fxprop.ops.kernels.handover import ChainEnd
-from fxprop.ops.regions.epilogue import Behind, Needs, run_region
+from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
 from fxprop.ops.scores import FROM_SUMS
 from fxprop.settings import KeepArgs
 
@@ -158,11 +158,21 @@ class _BatchNorm(NamedTuple):
         return ChainEnd(_choose, keep.score_fraction) if partial else None
 
     def behind(
-        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+        self,
+        form: Form,
+        keep: Keep,
+        grad_output: Tensor,
+        weight: Tensor,
+        saved: Some,
+        chain: ChainEnd | None,
+        needs: Needs,
     ) -> Behind:
-        gamma, features, mean, invstd, output = ctx.saved_tensors[2:]
+        gamma, features, mean, invstd, output = saved
+        assert features is not None
+        assert mean is not None
+        assert invstd is not None
         norm = NormBackward(grad_output, output, features, mean, invstd, gamma, self.eps)
-        handed = None if ctx.chain is None else ctx.chain.take(grad_output)
+        handed = None if chain is None else chain.take(grad_output)
         # the norm subtracts the mean, and with it whatever a bias adds
         grad_bias = weight.new_zeros(len(mean)) if needs.bias else None
         kept = grad = None
@@ -191,7 +201,7 @@ class _BatchNorm(NamedTuple):
 
 def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
     """The channels that the region of `ctx` keeps, by the grad_output of the first examples."""
-    gamma, features, mean, invstd, output = ctx.saved_tensors[2:]
+    _, _, gamma, features, mean, invstd, output = ctx.chain.look(ctx)
     first = slice(len(grad_output))
     part = None if output is None else output[first]
     norm = NormBackward(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)

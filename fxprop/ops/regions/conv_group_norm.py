@@ -147,9 +147,19 @@ class _GroupNorm(NamedTuple):
         return None
 
     def behind(
-        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+        self,
+        form: Form,
+        keep: Keep,
+        grad_output: Tensor,
+        weight: Tensor,
+        saved: Some,
+        chain: ChainEnd | None,
+        needs: Needs,
     ) -> Behind:
-        gamma, features, mean, invstd, before = ctx.saved_tensors[2:]
+        gamma, features, mean, invstd, before = saved
+        assert features is not None
+        assert mean is not None
+        assert invstd is not None
         norm = _Backward(grad_output, before, features, mean, invstd, gamma, self)
         sums = norm.sums()
         terms = norm.terms(sums)

@@ -50,9 +50,16 @@ class Epilogue(Protocol):
         """What the convolution behind is handed, if the backward reads only a part of its gradient."""
 
     def behind(
-        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+        self,
+        form: Form,
+        keep: Keep,
+        grad_output: Tensor,
+        weight: Tensor,
+        saved: Some,
+        chain: ChainEnd | None,
+        needs: Needs,
     ) -> Behind:
-        """The backward, for the kept channels; what was saved is in `ctx.saved_tensors[2:]`."""
+        """The backward, for the kept channels, from what was saved."""
 
 
 def run_region(
@@ -102,11 +109,13 @@ class _SparseRegion(SparseFunction):
         if grad_output is None:
             nothing: Some = (None,) * (6 + ctx.own)
             return nothing
-        input, weight, *saved = ctx.saved_tensors
+        input, weight, *saved = ctx.chain.saved_of(ctx) if ctx.chain else ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *needs_own = ctx.needs_input_grad[3:]
         needs = Needs(needs_input, needs_weight, needs_bias, tuple(needs_own))
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            found = ctx.epilogue.behind(ctx.form, ctx.keep, grad_output, weight, ctx, needs)
+            found = ctx.epilogue.behind(
+                ctx.form, ctx.keep, grad_output, weight, tuple(saved), ctx.chain, needs
+            )
             of = Operands(input, weight, (), (needs_input, needs_weight))
             pair: Pair = None, None
             if found.kept is not None and found.grad is not None:

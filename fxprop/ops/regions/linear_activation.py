@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fxprop.ops.kernels import one_pass
 from fxprop.ops.kernels.handover import ChainEnd
 from fxprop.ops.kernels.layout import take_features
 from fxprop.ops.linear import Linear, linear
-from fxprop.ops.regions.epilogue import Behind, Needs, run_region
+from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
 from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, summed_over_processes, wide
 from fxprop.settings import KeepArgs
 
@@ -91,10 +91,19 @@ class _Activation(NamedTuple):
         return None
 
     def behind(
-        self, form: Form, keep: Keep, grad_output: Tensor, weight: Tensor, ctx: Any, needs: Needs
+        self,
+        form: Form,
+        keep: Keep,
+        grad_output: Tensor,
+        weight: Tensor,
+        saved: Some,
+        chain: ChainEnd | None,
+        needs: Needs,
     ) -> Behind:
         # [rows, out_features]
-        grad, before = (form.arrange(t, weight) for t in (grad_output, ctx.saved_tensors[2]))
+        (features,) = saved
+        assert features is not None
+        grad, before = (form.arrange(t, weight) for t in (grad_output, features))
 
         def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, ...]:
             formula = _sums(self.name, 2 if keep.score == "l2" else 1)
