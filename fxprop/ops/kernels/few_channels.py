@@ -31,7 +31,8 @@ def applies(grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int
     Only where output and input are of one size: elsewhere there would be more to compute. Half types are
     left to the convolution kernels, which accumulate in float32; other devices because it was not measured.
     """
-    waste = math.ceil(len(weight) / _BLOCK) * _BLOCK / len(weight)
+    # not by math.ceil, which torch.compile does not take of a free size
+    waste = -(-len(weight) // _BLOCK) * _BLOCK / len(weight)
     return (
         groups == 1
         and input.device.type == "cpu"

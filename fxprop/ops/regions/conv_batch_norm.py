@@ -192,10 +192,9 @@ class _BatchNorm(NamedTuple):
                 part = norm.part(keep.score_fraction)
                 kept = form.top(part.scores(sums if part is norm else None, keep), int(keep.k))
                 grad = norm.kept_gradient(sums, kept)
-        own = (
-            product.to(gamma.dtype) if needs.own[0] else None,
-            total.to(gamma.dtype) if needs.own[1] else None,
-        )
+        if gamma is not None:
+            product, total = product.to(gamma.dtype), total.to(gamma.dtype)
+        own = product if needs.own[0] else None, total if needs.own[1] else None
         return Behind(kept, grad, grad_bias, own)
 
 
