@@ -25,7 +25,7 @@ from fxprop.ops.form import Form
 from fxprop.ops.function import autocast_device
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.handover import ChainEnd
-from fxprop.ops.kernels.layout import take_channels
+from fxprop.ops.kernels.layout import is_channels_last, take_channels
 from fxprop.ops.regions.conv_batch_norm import CONVOLUTIONS
 from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
 from fxprop.ops.scores import FROM_SUMS, RANDOM, summed_over_processes
@@ -189,15 +189,17 @@ class _Backward(NamedTuple):
         """Example by example, so that all but the sums stays in the cache."""
         channels, positions = self.input.shape[1], math.prod(self.input.shape[2:])
         found = []
+        # not gamma, so that these do not depend on the channels' scale; torch 2.11 takes no None
+        ones = self.input.new_ones(channels)
         for i in range(len(self.input)):
             one = slice(i, i + 1)
             _, product, total = torch.ops.aten.native_group_norm_backward(
                 self._through((one, None)),
                 *(self.input[one], self.mean[one], self.invstd[one]),
-                # not gamma's own, by which these do not depend on the channels' scale
-                None,
+                ones,
                 *(1, channels, positions, self.norm.groups),
-                [False, True, True],
+                # grad_input is asked for where torch 2.11 crashes without it
+                [is_channels_last(self.input), True, True],
             )
             found.append((total, product))
         return _Sums(*(torch.stack(of) for of in zip(*found, strict=True)))
