@@ -37,7 +37,7 @@ class OpError(FxpropError, RuntimeError):
 
 
 class RewriteError(FxpropError):
-    """The rewritten graph failed a check: a bug of fxprop's."""
+    """The rewritten graph failed a check: a bug in fxprop."""
 
 
 class ReportError(FxpropError):

@@ -55,7 +55,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
     bench.add_argument("--amp", choices=tuple(_AMP), help="run under autocast")
     bench.add_argument("--channels-last", action="store_true", help="model and images in channels_last")
-    bench.add_argument("--compile", action="store_true", help="everything through torch.compile")
+    bench.add_argument("--compile", action="store_true", help="run every variant through torch.compile")
     bench.add_argument("--sites", action="store_true", help="also time every rewritten layer alone")
     bench.add_argument(
         "--tune", action="store_true", help="leave dense every layer that measures no faster"

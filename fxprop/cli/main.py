@@ -73,7 +73,7 @@ def _print(output: str | bytes) -> None:
     if isinstance(output, str):
         sys.stdout.write(output)
     elif sys.stdout.isatty():
-        raise CommandError("this picture is no text for a terminal: give -o FILE, or redirect the output")
+        raise CommandError("a picture cannot be shown on a terminal: give -o FILE, or redirect the output")
     else:
         sys.stdout.buffer.write(output)
     sys.stdout.flush()

@@ -83,7 +83,11 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where the output goes, and what else is written."""
     output = parser.add_argument(
-        "-o", "--output", default="-", metavar="FILE", help="default, and -: standard output"
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="a file (default, and -: standard output)",
     )
     completed_by(output, shtab.FILE)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
@@ -143,7 +147,7 @@ def add_tune_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def shows_progress(args: argparse.Namespace) -> bool:
-    """Whether somebody sees progress and has not declined it."""
+    """Whether progress can be seen, and was not switched off."""
     return not args.quiet and sys.stderr.isatty()
 
 

@@ -1,4 +1,4 @@
-"""A policy that says for each layer what was decided, whatever rules, cost model or timings decided it."""
+"""A policy with a rule for each layer that records what rules, cost model and timings decided."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxprop.settings import OF_LAYERS
 
 
 def resolved(recipe: Recipe) -> Policy:
-    """One rule per layer; by it the same model is rewritten alike on any machine.
+    """A policy with one rule per layer, which gives the same rewrite of the model on any machine.
 
     >>> policy_files.to_toml(resolved(recipe_of(gm)))
 

@@ -44,7 +44,7 @@ def dump(gm: nn.Module, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     Code before and after, their diff, the report in all its forms, the policy as it was given and as it was
     resolved layer by layer, and the environment. For the mode (train or eval) that `gm` is in. The folder
-    is made if it is not there; files of these names in it are replaced, others stay. Parameters are not
+    is created if needed; files of these names in it are replaced, others stay. Parameters are not
     written. Raises ReportError if it cannot be written, ModelError for a module that does not come from
     `fxprop.transform`.
     """
@@ -74,7 +74,7 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         report.to_markdown(depth=1).rstrip(),
         "## Operations in the graphs",
         tabulate(counts, ("operation", "before", "after"), tablefmt="github"),
-        "## To rewrite the same model alike",
+        "## To make the same rewrite again",
         "`fxprop report MODEL --policy policy_resolved.toml`, or "
         '`fxprop.transform(model, "policy_resolved.toml", example_inputs)`.',
     ]

@@ -100,7 +100,7 @@ def _other_rules(policy: Policy, decision: Decision) -> Iterator[tuple[str, str]
                 continue
             why = f"matches, but {decision.decided_by} decides"
         else:
-            why = "not asked: an earlier rule matches" if taken else f"its {failing} does not match"
+            why = "not reached: an earlier rule matches" if taken else f"its {failing} does not match"
         yield "", f"rule {number} ({rule.conditions()}): {why}"
 
 

@@ -1,4 +1,4 @@
-"""Recipe: what a transformed model was made by, kept with it so that another policy can be put in force."""
+"""Recipe: what went into a transformed model, kept with it so that another policy can be put in force."""
 
 from __future__ import annotations
 

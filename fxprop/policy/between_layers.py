@@ -11,7 +11,7 @@ from fxprop.plan.sites import Site
 
 
 def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
-    """Several uses of one piece of code, which a module in it makes, are decided alike."""
+    """Sites that are several uses of one piece of code get one decision."""
     # one use of each code: the first that is not rewritten, or else the first
     decisive: dict[tuple[str, str, str, int | None], Decision] = {}
     for decision in decisions:
@@ -24,7 +24,7 @@ def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
         in_part = decision.site.graph or not decision.site.is_node
         other = decisive[_code_of(decision.site)] if in_part else decision
         if decision.status == "rewritten" and other.status != "rewritten":
-            reason = f"one piece of code with {other.site.name}, which stays dense: {other.reason}"
+            reason = f"shares its code with {other.site.name}, which stays dense: {other.reason}"
             decision = Decision(decision.site, "dense", reason, decided_by=decision.decided_by)
         elif decision.status == "rewritten":
             decision = replace(decision, sparsity=other.sparsity)

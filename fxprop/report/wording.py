@@ -1,4 +1,4 @@
-"""What the report says of layers and totals, in the same words in every form."""
+"""What the report says about layers and totals, in the same words in every form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def title(report: ReportData) -> str:
 
 
 def notes(report: ReportData) -> list[str]:
-    """What the numbers mean, and what else is to be known of them."""
+    """What the numbers mean, and what else there is to know about them."""
     totals = report.totals
     if totals.other is None:
         found = ["FLOPs were not counted: they need example_inputs."]
@@ -42,7 +42,7 @@ def notes(report: ReportData) -> list[str]:
     if masking:
         found.append(
             f"select={', '.join(map(repr, sorted(masking)))} masks the gradient and runs the dense "
-            "kernels: its executed equals dense, nothing is saved on the clock."
+            "kernels: executed equals dense, and no time is saved."
         )
     if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
         found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
@@ -52,7 +52,7 @@ def notes(report: ReportData) -> list[str]:
             "in front of them reads."
         )
     left_out = Counter(why for layer in report.layers for why in layer.left_out)
-    found += [f"Left out at {count} layers, {why}." for why, count in left_out.items()]
+    found += [f"Ignored at {count} layers: {why}." for why, count in left_out.items()]
     return [*found, *([report.note] if report.note else [])]
 
 

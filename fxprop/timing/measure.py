@@ -217,7 +217,7 @@ def _check_real(inputs: Any) -> None:
         if isinstance(leaf, Tensor) and (leaf.is_meta or type(leaf) is not Tensor):
             raise InputError(
                 f"measure got a {type(leaf).__name__} on {leaf.device.type}: expected real tensors, "
-                "which can be computed with"
+                "which have data"
             )
 
 

@@ -3,7 +3,7 @@
 One run of the model shows how its modules are called. Where the model cannot be traced, its children are
 tried, and so on down to single layers. A part becomes a graph only if nothing about its calls has to be
 fixed for that, so that code around it may go on calling it as it likes. Code that is left over runs as it
-is written; the products with parameters in it are replaced as they are called (see `calls.py`).
+is written; products with parameters in it are replaced when they are called (`graph/sparse_products.py`).
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Descent:
             return
         self._visited.add(id(module))
         if self._is_users_leaf(path, module):
-            self._opaque[path] = "kept as one call, as leaf_modules says; its FLOPs are in `other`"
+            self._opaque[path] = "kept as one call because of leaf_modules; its FLOPs are in `other`"
             return
         if is_dense(module):
             self._opaque[path] = ""

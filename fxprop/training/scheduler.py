@@ -124,8 +124,8 @@ def _levels(schedule: Schedule, levels: int | Sequence[float] | None) -> tuple[f
     bounds = getattr(schedule, "range", None)
     if bounds is None:
         raise PolicyError(
-            f"levels={levels} needs the range of the schedule, which a function of your own does not "
-            "tell: give the ratios themselves, such as levels=(1.0, 0.3, 0.1), or levels=None"
+            f"levels={levels} needs the range of the schedule, which is not known for a function of your "
+            "own: give the ratios themselves, such as levels=(1.0, 0.3, 0.1), or levels=None"
         )
     low, high = bounds
     if levels == 1 or low == high:

@@ -66,7 +66,7 @@ def load(source: Source) -> Loaded:
     >>> load(Source("resnet50")).inputs[0].shape
     torch.Size([8, 3, 224, 224])
 
-    CommandError says what is not there or cannot be used, and names the nearest.
+    Raises CommandError, which names what is missing or unusable, and the nearest names.
     """
     suffix = Path(source.model).suffix
     if source.model.startswith("timm:"):

@@ -19,7 +19,7 @@ _NARROWEST = 80
 
 
 _COLLAPSED = (
-    "Modules in one line stand for all their layers; --all, or report.to_text(depth='all'), lists each."
+    "A module in one line stands for all its layers; --all, or report.to_text(depth='all'), lists each."
 )
 
 

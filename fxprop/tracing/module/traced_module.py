@@ -174,8 +174,8 @@ class TracedModule(fx.GraphModule):
             self._fx_run_as_written(told(broken))
             warnings.warn(
                 f"{type(self).__name__}: {self._fx_changed} has changed since the transform. Its code runs "
-                "as written from now on, with sparse layers one by one; transform the model again for a "
-                "graph of it as it is now.",
+                "as written from now on, with each layer sparse by itself; transform the model again to "
+                "get a graph of its current code.",
                 stacklevel=4,
             )
         elif broken is None:

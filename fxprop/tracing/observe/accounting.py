@@ -73,13 +73,13 @@ def observe(
         if found.wanted_values:
             raise ValuesNeededError(
                 f"the model reads the values of tensors{found.place}, and fxprop finds shapes with "
-                f"fake tensors, which have none ({_reason(found.error)}). Give example inputs that are "
-                "real, and a model with real weights. Or leave example_inputs out, if torch.fx can trace "
-                "it: the model is transformed without counting FLOPs."
+                f"fake tensors, which have none ({_reason(found.error)}). Pass real example inputs, and a "
+                "model with real weights. Or leave example_inputs out, if torch.fx can trace the model: "
+                "FLOPs are then not counted."
             ) from found.error
         raise ValuesNeededError(
             f"the model cannot run on fake tensors, which have shapes but no values: it "
-            f"fails{found.place}: {_reason(found.error)}. Give example inputs that are real, and a model "
+            f"fails{found.place}: {_reason(found.error)}. Pass real example inputs, and a model "
             "with real weights."
         ) from found.error
     found = run_observed(model, args, kwargs, training, real=True)

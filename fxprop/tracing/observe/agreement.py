@@ -9,7 +9,7 @@ from fxprop.tracing.observe.account import Op
 from fxprop.tracing.observe.accounting import Observation
 
 _CAUSE = (
-    "its code takes another way with torch.fx's stand-ins than with tensors (isinstance, hasattr, `try`), "
+    "its code takes another path with torch.fx's stand-ins than with tensors (isinstance, hasattr, `try`), "
     "or does what a graph cannot hold"
 )
 

@@ -1,6 +1,6 @@
 """What one run of a model showed: shapes, who needs a gradient, FLOPs, and how autograd connects it all.
 
-Plain records, filled by `shapes.py` and read by the matching of sites. They hold no tensor.
+Plain records, filled in `run.py` and read where sites are found. They hold no tensor.
 """
 
 from __future__ import annotations

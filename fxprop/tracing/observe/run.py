@@ -170,9 +170,9 @@ class Recording:
             if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
                 raise ValuesNeededError(
                     f"the model reads the values of tensors{self._place}, and fxprop finds shapes with "
-                    f"fake tensors, which have none ({reason}). Give example inputs that are real, and a "
-                    "model with real weights. Or leave example_inputs out, if torch.fx can trace it: the "
-                    "model is transformed without counting FLOPs."
+                    f"fake tensors, which have none ({reason}). Pass real example inputs, and a model "
+                    "with real weights. Or leave example_inputs out, if torch.fx can trace the model: "
+                    "FLOPs are then not counted."
                 ) from error
             raise InputError(
                 f"the model cannot run on the example inputs ({given}): it fails{self._place}: {reason}. "
