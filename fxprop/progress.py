@@ -31,7 +31,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shown(wanted: bool) -> Iterator[None]:
+def show_progress(wanted: bool) -> Iterator[None]:
     """Show the stages inside, with the seconds passed, on standard error once two seconds have passed."""
     if not wanted:
         yield

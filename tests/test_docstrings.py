@@ -57,6 +57,7 @@ READY = {
         for d in (1, 2, 3)
     },
     "conv_batch_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
+    "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "linear": lambda: of_operator((4, 16), (64, 16)),
     "linear_activation": lambda: of_operator((4, 16), (256, 16)),
     "matmul": lambda: of_operator((64, 64), (64, 64)),
@@ -70,7 +71,7 @@ READY = {
     "PythonState": lambda: {"model": Counting(3, 3), "x": torch.randn(2, 3)},
     "SparseProducts": lambda: of_operator((4, 16), (512, 16)),
     "Made": lambda: {"weight": torch.randn(3)},
-    "preserved": lambda: {"resnet18": torchvision.models.resnet18()},
+    "names_to_preserve": lambda: {"resnet18": torchvision.models.resnet18()},
     "transform": lambda: {"images": torch.randn(2, 3, 64, 64)},
     "register_site": lambda: {
         "MyLinear": MyLinear,
@@ -132,7 +133,7 @@ def examples():
         if not inspect.ismodule(value):
             found += [(test, module, True) for test in finder.find(value, name, module=False, globs={})]
     for info in pkgutil.walk_packages(fxprop.__path__, "fxprop."):
-        if not info.name.endswith("__main__"):
+        if not info.name.endswith(("__main__", ".frontends")):  # the latter raises, for old pickles
             module = importlib.import_module(info.name)
             of_schedules = module is fxprop.schedules
             found += [(test, module, of_schedules) for test in finder.find(module, module.__name__)]

@@ -16,7 +16,7 @@ from fxprop.cli.options import (
     add_tune_cache,
     by_policy,
     command,
-    completed_by,
+    complete_with,
     shows_progress,
 )
 from fxprop.errors import CommandError
@@ -77,7 +77,7 @@ def add_code(commands: Any) -> None:
     )
     add_model_options(files)
     folder = files.add_argument("folder", metavar="DIR", help="created if it does not exist")
-    completed_by(folder, shtab.DIRECTORY)
+    complete_with(folder, shtab.DIRECTORY)
     add_policy_options(files)
 
 

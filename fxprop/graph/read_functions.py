@@ -94,9 +94,9 @@ def _site_name(context: Context, parameter: str, node: fx.Node) -> str:
     name = context.name(parameter)
     if name.endswith(".weight"):
         module = name.removesuffix(".weight")
-        found = module_in_stack(node) if context.parameters else None
+        owner = module_in_stack(node) if context.parameters else None
         # a tied weight has one name, and several modules that use it
-        return module if found is None or module.endswith(found[0]) else found[0]
+        return module if owner is None or module.endswith(owner[0]) else owner[0]
     path, dot, own = name.rpartition(".")
     return path + dot + (own.removesuffix("_weight") if own in _ATTENTION_WEIGHTS else own)
 
@@ -111,8 +111,8 @@ def _types(context: Context, parameter: str, node: fx.Node) -> tuple[str, ...]:
     if not context.parameters:
         return type_names(type(context.module.get_submodule(path)))
     # a captured graph has its modules in the metadata alone
-    found = module_in_stack(node)
-    return () if found is None else type_names(found[1])
+    owner = module_in_stack(node)
+    return () if owner is None else type_names(owner[1])
 
 
 def type_names(module_class: type) -> tuple[str, ...]:
@@ -123,9 +123,9 @@ def type_names(module_class: type) -> tuple[str, ...]:
 
 
 def _mentions_node(value: Any) -> bool:
-    found: list[fx.Node] = []
-    fx.map_arg(value, found.append)
-    return bool(found)
+    nodes: list[fx.Node] = []
+    fx.map_arg(value, nodes.append)
+    return bool(nodes)
 
 
 def _opaque(context: Context, node: fx.Node) -> Site | None:

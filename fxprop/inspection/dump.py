@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprop.errors import ReportError
 from fxprop.inspection.code import code_diff, generated_code, op_counts
-from fxprop.inspection.decided_policy import resolved
+from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.files import to_toml
 from fxprop.progress import stage
@@ -89,7 +89,7 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         "report.json": report.to_json(),
         "report.csv": report.to_csv(),
         "policy.toml": to_toml(recipe.writable_policy),
-        "policy_resolved.toml": to_toml(resolved(recipe)),
+        "policy_resolved.toml": to_toml(make_decided_policy(recipe)),
         "environment.txt": environment,
     }
 

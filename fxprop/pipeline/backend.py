@@ -95,5 +95,5 @@ def _lookup(inner: Inner) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[
     # slow to import, and only needed here; torch has no public way from a name to a backend
     from torch import _dynamo as dynamo
 
-    found: Callable[..., Callable[..., Any]] = dynamo.lookup_backend(inner)
-    return found
+    compiler: Callable[..., Callable[..., Any]] = dynamo.lookup_backend(inner)
+    return compiler

@@ -21,7 +21,7 @@ from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Decision, Plan, Sparsity
 from fxprop.plan.sites import Site
 from fxprop.policy import cost_model as cost
-from fxprop.policy.between_layers import agreeing, chained
+from fxprop.policy.between_layers import form_chains, settle_shared_code
 
 Position = Literal["first", "output"]
 POSITIONS: tuple[Position, ...] = ("first", "output")
@@ -178,7 +178,7 @@ class Policy(settings.Settings):
 
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
-        return Plan(chained(agreeing([self._decide(site) for site in sites])))
+        return Plan(form_chains(settle_shared_code([self._decide(site) for site in sites])))
 
     def check_all_match(self, sites: Sequence[Site]) -> None:
         """Raise PolicyError for the first rule that matches none of `sites`."""

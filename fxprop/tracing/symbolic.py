@@ -43,8 +43,8 @@ def trace_modes(
 ) -> TracedGraphs:
     """The graphs of `model` in its present mode and, where the code differs, in the other one.
 
-    >>> found = trace_modes(torchvision.models.resnet18().train())
-    >>> found.graphs[True] is found.graphs[False]
+    >>> traced = trace_modes(torchvision.models.resnet18().train())
+    >>> traced.graphs[True] is traced.graphs[False]
     True
 
     `given` maps argument names to example values; see `bind_arguments`. Arguments with a default that

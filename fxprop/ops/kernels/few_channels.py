@@ -61,7 +61,7 @@ def gradients(
     flipped = weight.flip(dims).movedim(1, -1).flatten(0, -2)  # [k * kernel, C_in]
     # not by grad_output: a single channel has no layout to tell
     in_rows = is_channels_last(input)
-    shifted = _shifted(grad_output, input.shape[2:], kernel, padding, dilation, in_rows)
+    shifted = _shift_copies(grad_output, input.shape[2:], kernel, padding, dilation, in_rows)
     grad_input = grad_weight = None
     if in_rows:
         # [N * spatial, k * kernel] and [N * spatial, C_in]
@@ -81,7 +81,7 @@ def gradients(
     return grad_input, grad_weight
 
 
-def _shifted(
+def _shift_copies(
     grad_output: Tensor,
     size: torch.Size,
     kernel: torch.Size,

@@ -172,7 +172,7 @@ class _BatchNorm(NamedTuple):
                 grad, kept_gamma, kept_beta = norm.backward(kept)
             else:
                 kept = handed.kept
-                grad, kept_gamma, kept_beta = norm.by_aten(kept, handed.grad)
+                grad, kept_gamma, kept_beta = norm.backward_by_aten(kept, handed.grad)
             product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
             total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
         else:
