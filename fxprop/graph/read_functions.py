@@ -44,12 +44,12 @@ def read_call(context: Context, node: fx.Node) -> Site | None:
     if product is None:
         return _opaque(context, node)
     site = read_product(context, node, product)
-    # a product of parameters alone is what a weight is computed by, but for a layer on a learned input
+    # a product of parameters alone computes a weight, unless it is a layer on a learned input
     return None if is_weight(product.input) and not _is_of_layer(site) else site
 
 
 def _is_of_layer(site: Site) -> bool:
-    """Whether the weight is that of a module of torch.nn, which computes just such a product."""
+    """Whether the weight belongs to a module of torch.nn that computes exactly this product."""
     return any(cls.__name__ in site.types and site.op == of.name for cls, of in SITE_MODULES.items())
 
 

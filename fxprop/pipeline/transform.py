@@ -48,7 +48,7 @@ Frontend = Literal["auto", "symbolic", "submodules", "export"]
 
 
 class Transformed(NamedTuple):
-    """What `transform` returns: the module to train, and what it saves."""
+    """What `transform` returns: the module to train, and the report on what it saves."""
 
     module: nn.Module
     report: Report
@@ -140,7 +140,7 @@ def layers(
     leaf_modules: LeafModules = (),
     preserve_modules: LeafModules = (),
 ) -> tuple[Site, ...]:
-    """Everything a policy can name, in graph order, of the mode the model is in.
+    """Every layer that a policy can name, in graph order, for the mode the model is in.
 
     >>> for site in fxprop.layers(model, (x,)):
     ...     print(site.name, site.op, site.weight_shape, site.n("channel"), site.skip)

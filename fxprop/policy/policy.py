@@ -297,6 +297,6 @@ def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:
 
 
 def rule_fields(*, in_files: bool) -> tuple[str, ...]:
-    """The names a rule may set, in order; `where` cannot be written to a file."""
+    """The names that a rule may set, in order; `where` cannot be written to a file."""
     names = (*CONDITIONS, *settings.NAMES)
     return tuple(n for n in names if n != "where") if in_files else names

@@ -15,7 +15,7 @@ COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
 
 
 def title(report: ReportData) -> str:
-    """How many layers there are of each kind."""
+    """How many layers of each kind there are."""
     counts = {"rewritten": 0, "dense": 0, "skipped": 0}
     for layer in report.layers:
         counts[layer.status] += 1

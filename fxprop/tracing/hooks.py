@@ -17,7 +17,7 @@ _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """The kinds of hooks that `module` has: ["forward_hooks"]."""
+    """The kinds of hooks on `module`: ["forward_hooks"]."""
     return [kind.strip("_") for kind in _KINDS if getattr(module, kind, None)]
 
 
@@ -60,7 +60,7 @@ def names_to_preserve(model: nn.Module, asked_for: Iterable[type[nn.Module] | st
 
 
 def find_uncalled_hooks(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
-    """Where the modules in `root` that `graph` does not call keep their hooks: (name, kind) -> hooks."""
+    """The hooks on modules in `root` that `graph` does not call: (name, kind) -> hooks."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
     def below(name: str) -> bool:

@@ -154,7 +154,7 @@ class _Trace:
         return graph, constants
 
     def _line(self, told: str) -> str:
-        """The line that does something to what is named in `told`."""
+        """The line that does something to what `told` names."""
         name = told.partition("'")[2].partition("'")[0] or told.partition(".")[0]
         reach = self._state.reach
         lines = (reach.line_of(name), reach.line_of(told.rpartition(".")[2]))

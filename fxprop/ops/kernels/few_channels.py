@@ -19,7 +19,7 @@ from fxprop.ops.kernels.layout import is_channels_last
 
 # channels that the convolution kernels compute at once
 _BLOCK = 16
-# what computing a block's other channels in vain must cost, as a factor, for this to be faster:
+# how much more work, as a factor, a block with its unused channels must be for this to be faster:
 # on small images, and on others
 _WASTE_SMALL, _WASTE = 2.0, 1.2
 _SMALL = 100

@@ -136,7 +136,7 @@ def _normalise(output: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _BatchNorm(NamedTuple):
-    """Whose own tensors are gamma and beta. See `fxprop.ops.regions.epilogue.Epilogue`."""
+    """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     norm: Any
     eps: float

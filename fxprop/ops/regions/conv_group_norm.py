@@ -120,7 +120,7 @@ class _Terms(NamedTuple):
 
 
 class _GroupNorm(NamedTuple):
-    """Whose own tensors are gamma and beta. See `fxprop.ops.regions.epilogue.Epilogue`."""
+    """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     groups: int
     eps: float

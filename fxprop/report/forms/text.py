@@ -14,7 +14,7 @@ from fxprop.report.records import ReportData
 from fxprop.report.units import Unit, percent
 from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
 
-# no line is longer than the reader's window, but for one narrower than this
+# no line is longer than the reader's window, unless that is narrower than this
 _NARROWEST = 80
 
 

@@ -66,7 +66,7 @@ def holds(assumption: Assumption) -> bool:
 
 
 def describe_assumption(assumption: Assumption) -> str:
-    """What a broken assumption is about, in words."""
+    """In words, what a broken assumption is about."""
     function, argument, value = assumption
     if isinstance(value, nn.Module):
         return f"the child {argument!r}"
