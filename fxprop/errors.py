@@ -30,14 +30,14 @@ class PolicyError(FxpropError):
 
 
 class OpError(FxpropError, RuntimeError):
-    """A sparse operator cannot do what is asked of it: bad arguments, vmap, double backward.
+    """A sparse operator cannot run: bad arguments, vmap, double backward.
 
     A RuntimeError too, as torch raises it for its own operators.
     """
 
 
 class RewriteError(FxpropError):
-    """The rewritten graph failed a check: a bug of fxprop's."""
+    """The rewritten graph failed a check: a bug in fxprop."""
 
 
 class ReportError(FxpropError):

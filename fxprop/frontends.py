@@ -2,5 +2,5 @@
 
 raise ImportError(
     "this file holds a module that fxprop 0.1 transformed, and later versions cannot load it. Load it with "
-    "fxprop 0.1, save `fxprop.restore(gm).state_dict()`, and transform the model anew"
+    "fxprop 0.1, save `fxprop.restore(gm).state_dict()`, and transform the model again"
 )

@@ -1,4 +1,4 @@
-"""Which stage of a call is running, for whoever has to wait: shown on a terminal when it takes long."""
+"""Progress: which stage of a call is running, shown on a terminal when it takes long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AFTER, _EVERY = 2.0, 0.2
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Say that what follows is `name`, such as "tracing"; costs nothing where nobody asked for progress."""
+    """Say that what follows is `name`, such as "tracing"; costs nothing where no progress is shown."""
     display = _display.get()
     if display is None:
         yield
@@ -31,7 +31,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shown(wanted: bool) -> Iterator[None]:
+def show_progress(wanted: bool) -> Iterator[None]:
     """Show the stages inside, with the seconds passed, on standard error once two seconds have passed."""
     if not wanted:
         yield

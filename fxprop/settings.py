@@ -101,11 +101,11 @@ class Setting:
     keyword: str | None = None
     # its values, where they are a few words
     choices: tuple[str, ...] = ()
-    # why it has no meaning at a layer; there the plan drops it, and says so
+    # why it does not apply to a layer; there the plan drops it, and says so
     meaningless: Callable[[Layer, LayerSettings], str | None] = _never
 
     def read(self, text: str) -> Any:
-        """A value as the command line gives it; what is no number stays text, for `check` to judge."""
+        """A value as the command line gives it; what is not a number stays text, which `check` judges."""
         kind = type(self.default)
         try:
             return kind(text) if kind in (int, float) else text
@@ -137,12 +137,12 @@ def _is_share(value: Any) -> bool:
 
 
 def _of_channels(layer: Layer, settings: LayerSettings) -> str | None:
-    return None if settings.select == "channel" else "it has a meaning with select='channel' alone"
+    return None if settings.select == "channel" else "it applies to select='channel' only"
 
 
 def _of_rows(layer: Layer, settings: LayerSettings) -> str | None:
     kept_are_rows = settings.select == "channel" and layer.can_be_row_sparse
-    return None if kept_are_rows else "what is kept are no rows of a parameter"
+    return None if kept_are_rows else "what is kept is not rows of a parameter"
 
 
 SETTINGS = (
@@ -151,21 +151,21 @@ SETTINGS = (
         None,
         "a number with 0 < keep <= 1, the share of the output gradient to keep (1.0 is dense)",
         _is_share,
-        "the share that is kept: k = max(1, floor(keep·n + 0.5)); 1 is dense",
+        "how much is kept: k = max(1, floor(keep·n + 0.5)) of n",
     ),
     Setting(
         "k",
         None,
         "an integer of at least 1",
         _is_count,
-        "how many are kept, in place of `keep`; k = n is dense",
+        "how many are kept, instead of `keep`; k = n is dense",
         "k",
     ),
     _choice(
         "select",
         Select,
         "whole output channels for the whole batch (meProp's unified form); the top-k entries of each "
-        "example; or whole rows: examples of a convolution, rows (tokens) of a linear layer",
+        "example; or whole rows: examples of a convolution, tokens of a linear layer",
         "select",
     ),
     Setting(
@@ -180,7 +180,7 @@ SETTINGS = (
     _choice(
         "bias",
         BiasGrad,
-        "bias gradient from the whole gradient, as meProp's code does, or from what was kept",
+        "bias gradient from the whole output gradient, as in meProp's code, or from what was kept",
         "bias_grad",
     ),
     _switch(
@@ -195,7 +195,7 @@ SETTINGS = (
         1.0,
         "a number with 0 < x <= 1",
         _is_share,
-        "scores from this part of the batch (an approximation)",
+        "computes scores from this share of the batch (an approximation)",
         "score_fraction",
         (),
         _of_channels,
@@ -203,8 +203,8 @@ SETTINGS = (
     _switch(
         "regions",
         True,
-        "convolution, batch norm and ReLU, or linear layer and activation, get one backward "
-        "([below](#speed))",
+        "one backward for a convolution with its norm and activation, or a linear layer with its "
+        "activation ([below](#speed))",
         None,
     ),
     _choice(
@@ -223,7 +223,7 @@ SETTINGS = (
     _choice(
         "when",
         When,
-        "leaves dense, with the reason in the report, a layer that a cost model predicts to lose",
+        "whether layers that a cost model expects not to gain stay dense, with the reason in the report",
         None,
     ),
 )
@@ -253,7 +253,7 @@ def check_all(settings: Settings | RuleSettings, where: str) -> None:
 
 
 def of_layer(settings: Settings, layer: Layer) -> tuple[LayerSettings, tuple[str, ...]]:
-    """The settings that have a meaning at a layer, and what was dropped, with the reason."""
+    """The settings that apply to a layer, and what was dropped, with the reason."""
     values, dropped = {}, []
     for setting in OF_LAYERS:
         value = getattr(settings, setting.name)

@@ -85,7 +85,7 @@ def test_factories(capsys):
 def test_layers(capsys):
     code, out, _ = run(capsys, "layers", "vit_b_16")
     assert code == 0
-    assert re.search(r"conv_proj +Conv2d +conv2d +768x3x16x16 +8x768x14x14 +768 +150528 +first", out)
+    assert re.search(r"conv_proj +Conv2d +conv2d +768x3x16x16 +8x768x14x14 +768 +150528 +8 +first", out)
     assert "heads.head" in out
     assert re.search(r"encoder_layer_0.self_attention.in_proj +- +linear +2304x768 +", out)
 

@@ -218,8 +218,8 @@ def test_random_regions_make_no_pass_for_scores(monkeypatch):
     def no_pass(*_, **__):
         raise AssertionError("a pass over the gradient")
 
-    monkeypatch.setattr(fused, "summed", no_pass)
-    monkeypatch.setattr(fused, "in_pieces", no_pass)
+    monkeypatch.setattr(fused, "compute_sums", no_pass)
+    monkeypatch.setattr(fused, "compute_in_pieces", no_pass)
     x, conv, norm = torch.randn(2, 3, 5, 5), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
     run = functools.partial(conv_batch_norm, x, conv.weight, None, norm, k=2, norm_grad="kept")
     run(score="random").sum().backward()
@@ -277,9 +277,9 @@ def test_what_fails_in_a_run_is_raised(working, monkeypatch, error):
     def run(*_):
         raise error("not enough memory")
 
-    monkeypatch.setattr(fused, "_compiled", lambda formula: run)
+    monkeypatch.setattr(fused, "_compile", lambda formula: run)
     with pytest.raises(error, match="not enough memory"):
-        fused.compiled(torch.sin, torch.ones(3))
+        fused.call_compiled(torch.sin, torch.ones(3))
     assert not fused._broken
 
 
@@ -289,7 +289,7 @@ def unsupported(x):
 
 
 def test_what_fails_in_compiling_switches_fusing_off(working, caplog):
-    assert fused.compiled(unsupported, torch.ones(3)) is None
+    assert fused.call_compiled(unsupported, torch.ones(3)) is None
     assert "cannot compile on this machine" in caplog.text
     assert not fused.compiles(torch.ones(2**20))
 
@@ -303,9 +303,9 @@ def test_a_platform_without_compiler_switches_fusing_off(working, monkeypatch, e
         monkeypatch.setattr(torch, "compile", refuse)
     else:  # of the cache on disk
         monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
-    fused._compiled.cache_clear()
-    assert fused.compiled(lambda x: x, torch.ones(3)) is None
-    fused._compiled.cache_clear()
+    fused._compile.cache_clear()
+    assert fused.call_compiled(lambda x: x, torch.ones(3)) is None
+    fused._compile.cache_clear()
     assert fused._broken == [f"{error.__name__}: not on this platform"]
 
 

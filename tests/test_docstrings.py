@@ -58,6 +58,7 @@ READY = {
     },
     "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "conv_batch_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
+    "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "linear": lambda: of_operator((4, 16), (64, 16)),
     "linear_activation": lambda: of_operator((4, 16), (256, 16)),
     "matmul": lambda: of_operator((64, 64), (64, 64)),
@@ -71,7 +72,7 @@ READY = {
     "PythonState": lambda: {"model": Counting(3, 3), "x": torch.randn(2, 3)},
     "SparseProducts": lambda: of_operator((4, 16), (512, 16)),
     "Made": lambda: {"weight": torch.randn(3)},
-    "preserved": lambda: {"resnet18": torchvision.models.resnet18()},
+    "names_to_preserve": lambda: {"resnet18": torchvision.models.resnet18()},
     "transform": lambda: {"images": torch.randn(2, 3, 64, 64)},
     "register_site": lambda: {
         "MyLinear": MyLinear,

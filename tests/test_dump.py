@@ -15,7 +15,7 @@ import fxprop
 from fxprop.cli import main as cli
 from fxprop.errors import ModelError, ReportError
 from fxprop.inspection.code import generated_code
-from fxprop.inspection.decided_policy import resolved
+from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.files import to_toml
 from fxprop.timing import tune
@@ -111,7 +111,7 @@ def test_the_resolved_policy_decides_alike(tmp_path, case):
         model, x = make(), torch.empty(shape)
     gm, report = fxprop.transform(model, policy, (x,))
     file = tmp_path / "policy.toml"
-    file.write_text(to_toml(resolved(recipe_of(gm))), encoding="utf-8")
+    file.write_text(to_toml(make_decided_policy(recipe_of(gm))), encoding="utf-8")
     again, of_again = fxprop.transform(model, file, (x,))
     wanted, found = (list(recipe_of(module).plans.values()) for module in (gm, again))
     for plan, other in zip(wanted, found, strict=True):
@@ -124,6 +124,6 @@ def test_the_resolved_policy_holds_what_was_measured(monkeypatch):
     gm, _ = fxprop.transform(net(), fxprop.Policy(keep=0.25, when="always"), (X,))
     monkeypatch.setattr(tune, "time_site", lambda *_: SiteTimes(0.001, 0.004))
     fxprop.tune(gm, names=["3"])
-    rules = {rule.name: rule for rule in resolved(recipe_of(gm)).rules}
+    rules = {rule.name: rule for rule in make_decided_policy(recipe_of(gm)).rules}
     assert rules["3"].keep == 1.0
     assert rules["0"].k == 4

@@ -1,4 +1,4 @@
-"""Code that takes another way by what its inputs are, or by the modes around it: the rewritten module takes the same."""
+"""Code that takes another path by what its inputs are, or by the modes around it: the rewritten module takes the same."""
 
 import contextlib
 import functools

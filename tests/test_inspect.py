@@ -200,7 +200,7 @@ def test_explain_says_why_rules_did_not_decide():
     text = fxprop.explain(transformed(rules=rules), "3")
     assert "decided by  rule 2 (name='3')" in text
     assert "rule 1 (type='Linear'): its type does not match" in text
-    assert "rule 3 (regex='.'): not asked: an earlier rule matches" in text
+    assert "rule 3 (regex='.'): not reached: an earlier rule matches" in text
     output = fxprop.explain(transformed(rules=[fxprop.Rule(regex=".", score="l2")]), "5")
     assert "rule 1 (regex='.'): matches, but output layer decides" in output
     assert "because     output layer" in output

@@ -32,9 +32,7 @@ class Trainer(nn.Module):
 def test_methods_that_call_layers_without_forward_are_named_with_the_share_that_is_sparse_there():
     note = fxprop.estimate(Trainer(), fxprop.Policy(keep=0.3, when="always"), (X,)).note
     # a, 6 x 12, is a module of its own; b is multiplied by as a matrix, 12 x 12
-    assert (
-        "Where body(), training_step() call layers without it, 1 of the 2 rewritten layers (33% of" in note
-    )
+    assert "Where body(), training_step() call layers directly, 1 of the 2 rewritten layers (33% of" in note
     assert "encode" not in note  # forward calls it
     assert "name_of" not in note  # calls no layer
     assert "calls of forward" not in transform(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)))[1].note
@@ -44,7 +42,7 @@ def test_what_was_compiled_is_named():
     model = Net()
     model.b.compile(backend="eager")
     gm, report = transform(model)
-    assert "Compiled before (b), which the result is not" in report.note
+    assert "These were compiled and in the result are not: b." in report.note
     assert [layer.name for layer in report.layers] == ["a", "b", "o"]
     assert torch.equal(gm(X), model(X))
 

@@ -168,7 +168,7 @@ def test_reasons_policy_and_diff_are_there():
         model, fxprop.Policy(keep=0.25, rules=rules), (torch.ones(2, 8, 4),), leaf_modules=["2"]
     )
     text = report.to_html(fxprop.code_diff(gm))
-    assert "kept as one call, as leaf_modules says" in text
+    assert "kept as one call because of leaf_modules" in text
     assert "output layer" in text
     assert "{ name = &#34;0&#34;, keep = 0.5 }" in text
     assert "rule 1 (name=&#39;0&#39;)" in text

@@ -105,22 +105,22 @@ def left_out(**given):
 def test_a_setting_without_meaning_at_a_layer_is_left_out_and_told():
     of = left_out(weight_grad="row_sparse", norm_grad="kept")
     assert "weight_grad='row_sparse'" not in of["a"]
-    assert "left out    weight_grad='row_sparse': what is kept are no rows of a parameter" in of["b"]
+    assert "left out    weight_grad='row_sparse': what is kept is not rows of a parameter" in of["b"]
     assert "norm_grad='kept': the layer is rewritten without a batch norm" in of["a"]
 
 
 def test_of_single_entries_nothing_is_summed_or_scored_in_part():
     of = left_out(select="element", sync_selection=True, score_fraction=0.5, weight_grad="row_sparse")
-    assert "sync_selection=True: it has a meaning with select='channel' alone" in of["a"]
-    assert "score_fraction=0.5: it has" in of["a"]
-    assert "weight_grad='row_sparse': what is kept are no rows" in of["a"]
+    assert "sync_selection=True: it applies to select='channel' only" in of["a"]
+    assert "score_fraction=0.5: it applies" in of["a"]
+    assert "weight_grad='row_sparse': what is kept is not rows" in of["a"]
 
 
 def test_the_report_counts_what_is_left_out():
     policy = fxprop.Policy(keep=0.5, when="always", weight_grad="row_sparse")
     report = fxprop.estimate(Net(), policy, (torch.randn(4, 8),))
-    why = "weight_grad='row_sparse': what is kept are no rows of a parameter"
-    assert f"Left out at 1 layers, {why}." in str(report)
+    why = "weight_grad='row_sparse': what is kept is not rows of a parameter"
+    assert f"Ignored at 1 layers: {why}." in str(report)
     assert [layer["left_out"] for layer in report.to_dict()["layers"]] == [[], [why], []]
 
 

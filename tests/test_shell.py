@@ -12,7 +12,7 @@ import pytest
 from fxprop import progress
 from fxprop.cli import main as cli
 from fxprop.cli import options as cli_options
-from fxprop.progress import shown, stage
+from fxprop.progress import show_progress, stage
 
 COMMANDS = ["report", "layers", "plot", "code", "explain", "dump", "bench", "completion"]
 MODEL = ["tests.test_inspect:net", "--input", "4x3x8x8"]
@@ -122,7 +122,7 @@ def watched(monkeypatch, terminal=True, after=0.0):
 
 def test_a_stage_that_lasts_is_shown_and_wiped_away(monkeypatch):
     written = watched(monkeypatch)
-    with shown(True):
+    with show_progress(True):
         with stage("tracing"):
             with stage("inside"):
                 time.sleep(0.05)
@@ -139,14 +139,14 @@ def test_a_stage_that_lasts_is_shown_and_wiped_away(monkeypatch):
 
 def test_what_is_quick_shows_nothing(monkeypatch):
     written = watched(monkeypatch, after=2.0)
-    with shown(True), stage("tracing"):
+    with show_progress(True), stage("tracing"):
         time.sleep(0.05)
     assert written.getvalue() == ""
 
 
 def test_nothing_is_shown_unless_asked_for(monkeypatch):
     written = watched(monkeypatch)
-    with shown(False), stage("tracing"):
+    with show_progress(False), stage("tracing"):
         time.sleep(0.05)
     with stage("tracing"):
         time.sleep(0.05)
@@ -155,7 +155,7 @@ def test_nothing_is_shown_unless_asked_for(monkeypatch):
 
 def test_a_stage_that_fails_is_wiped_away(monkeypatch):
     def fail():
-        with shown(True), stage("tracing"):
+        with show_progress(True), stage("tracing"):
             time.sleep(0.05)
             raise ValueError("no")
 

@@ -157,7 +157,7 @@ def test_a_part_that_is_called_twice_is_two_sites_decided_alike():
 
     report = fxprop.estimate(Ends(), 0.5, (torch.randn(2, 4),))
     assert [layer.status for layer in report.layers] == ["dense", "dense"]
-    assert report.layers[0].reason == "one piece of code with fc#2, which stays dense: output layer"
+    assert report.layers[0].reason == "shares its code with fc#2, which stays dense: output layer"
 
 
 def test_copies_and_restore():
@@ -334,7 +334,7 @@ def test_a_model_that_reads_values_runs_on_the_inputs_given():
     assert "The model reads values" in str(report)
     assert torch.equal(gm(x), model(x))
     assert gradients_equal(model, 0.5, (x,), {}) == "equal"
-    with pytest.raises(InputError, match="Give example inputs that are real"):
+    with pytest.raises(InputError, match="Pass real example inputs"):
         fxprop.transform(model, 0.5, (x.to("meta"),))
 
 

@@ -17,7 +17,7 @@ from fxprop.cli.options import (
     add_policy_options,
     add_tune_cache,
     command,
-    completed_by,
+    complete_with,
     on_model,
     policy_of,
     positive,
@@ -55,7 +55,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
     bench.add_argument("--amp", choices=tuple(_AMP), help="run under autocast")
     bench.add_argument("--channels-last", action="store_true", help="model and images in channels_last")
-    bench.add_argument("--compile", action="store_true", help="everything through torch.compile")
+    bench.add_argument("--compile", action="store_true", help="run every variant through torch.compile")
     bench.add_argument("--sites", action="store_true", help="also time every rewritten layer alone")
     bench.add_argument(
         "--tune", action="store_true", help="leave dense every layer that measures no faster"
@@ -63,7 +63,7 @@ def add_bench(commands: Any) -> None:
     add_tune_cache(bench)
     bench.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     picture = bench.add_argument("--plot", metavar="FILE", help="backward time over keep, .svg or .png")
-    completed_by(picture, shtab.FILE)
+    complete_with(picture, shtab.FILE)
 
 
 def _bench(args: argparse.Namespace) -> str:
@@ -72,14 +72,14 @@ def _bench(args: argparse.Namespace) -> str:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
     policies = [policy_of(args, keep) for keep in args.keep or (None,)]
-    found = []
+    measurements = []
     for name in args.model:
         of_model = argparse.Namespace(**{**vars(args), "model": name})
         run = functools.partial(_measure, args, policies, name)
-        found.append(on_model(of_model, run, real=True))
+        measurements.append(on_model(of_model, run, real=True))
     if args.plot is not None:
-        plot(dict(zip(args.model, found, strict=True)), args.plot)
-    return _text(args, found)
+        plot(dict(zip(args.model, measurements, strict=True)), args.plot)
+    return _text(args, measurements)
 
 
 def _measure(
@@ -96,17 +96,17 @@ def _measure(
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    def placed(value: Any) -> Any:
+    def place(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         value = value.to(device)
         return value.to(memory_format=layout) if value.dim() == 4 else value
 
-    kwargs = tree_map(placed, rest.pop("example_kwargs"))
+    kwargs = tree_map(place, rest.pop("example_kwargs"))
     measurement = measure(
         model,
         policies,
-        tree_map(placed, inputs),
+        tree_map(place, inputs),
         example_kwargs=kwargs,
         rounds=args.rounds,
         compile=args.compile,
@@ -120,9 +120,9 @@ def _measure(
     return replace(measurement, model=name)
 
 
-def _text(args: argparse.Namespace, found: list[Measurement]) -> str:
+def _text(args: argparse.Namespace, measurements: list[Measurement]) -> str:
     if args.format == "json":
-        data = [measurement.to_dict() for measurement in found]
+        data = [measurement.to_dict() for measurement in measurements]
         return json.dumps(data[0] if len(data) == 1 else data, indent=2)
     style = "github" if args.format == "markdown" else "simple"
-    return "\n\n".join(measurement.render(style) for measurement in found)
+    return "\n\n".join(measurement.render(style) for measurement in measurements)

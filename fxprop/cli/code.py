@@ -16,7 +16,7 @@ from fxprop.cli.options import (
     add_tune_cache,
     by_policy,
     command,
-    completed_by,
+    complete_with,
     shows_progress,
 )
 from fxprop.errors import CommandError
@@ -45,12 +45,12 @@ def add_code(commands: Any) -> None:
     add_model_options(code)
     add_policy_options(code)
     code.add_argument("--diff", action="store_true", help="only what the rewrite changed, layer by layer")
-    code.add_argument("--format", choices=("text", "html"), default="text", help="html: of the --diff")
+    code.add_argument("--format", choices=("text", "html"), default="text", help="html: only with --diff")
 
     layer = command(
         commands,
         "explain",
-        "tell of one layer what was decided, why, and what it costs",
+        "show what was decided about one layer, why, and what it costs",
         """
         fxprop explain resnet50 layer3.0.conv2 --keep 0.05
         fxprop explain resnet50 layer3.0.conv2 --keep 0.05 --tune
@@ -76,8 +76,8 @@ def add_code(commands: Any) -> None:
         _dump,
     )
     add_model_options(files)
-    folder = files.add_argument("folder", metavar="DIR", help="made if it is not there")
-    completed_by(folder, shtab.DIRECTORY)
+    folder = files.add_argument("folder", metavar="DIR", help="created if it does not exist")
+    complete_with(folder, shtab.DIRECTORY)
     add_policy_options(files)
 
 
@@ -94,7 +94,7 @@ def _code(args: argparse.Namespace) -> str:
 
 
 def _in_colour(args: argparse.Namespace) -> bool:
-    """Whether the reader is a terminal that was not asked to stay plain (no-color.org)."""
+    """Whether the output goes to a terminal where colour is not switched off (no-color.org)."""
     return args.output == "-" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 

@@ -15,7 +15,7 @@ from fxprop.cli.completion import add_completion
 from fxprop.cli.options import shows_progress
 from fxprop.cli.report import add_report
 from fxprop.errors import CommandError, FxpropError
-from fxprop.progress import shown
+from fxprop.progress import show_progress
 from fxprop.version import __version__
 
 _EPILOG = """\
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage (by argparse)."""
     args = _parser().parse_args(argv)
     try:
-        with shown(shows_progress(args)):
+        with show_progress(shows_progress(args)):
             output = args.run(args)
         _write(output, args.output)
     except BrokenPipeError:
@@ -73,7 +73,7 @@ def _print(output: str | bytes) -> None:
     if isinstance(output, str):
         sys.stdout.write(output)
     elif sys.stdout.isatty():
-        raise CommandError("this picture is no text for a terminal: give -o FILE, or redirect the output")
+        raise CommandError("a picture cannot be shown on a terminal: give -o FILE, or redirect the output")
     else:
         sys.stdout.buffer.write(output)
     sys.stdout.flush()

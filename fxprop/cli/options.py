@@ -54,7 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
         help="torchvision name, timm:NAME, hf:NAME (a directory, or a configuration's or model's class), "
         "package.module:factory, or saved file (.pt2; .pt with --unsafe-pickle)",
     )
-    completed_by(model, MODELS)
+    complete_with(model, MODELS)
     parser.add_argument(
         "--input",
         action="append",
@@ -67,7 +67,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     weights = parser.add_argument(
         "--weights", metavar="NAME|FILE", help="torchvision weights, .safetensors or .pth file"
     )
-    completed_by(weights, shtab.FILE)
+    complete_with(weights, shtab.FILE)
     parser.add_argument(
         "--frontend", choices=FRONTENDS, default="auto", help="how to get graphs (default: auto)"
     )
@@ -83,14 +83,18 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where the output goes, and what else is written."""
     output = parser.add_argument(
-        "-o", "--output", default="-", metavar="FILE", help="default, and -: standard output"
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="a file (default, and -: standard output)",
     )
-    completed_by(output, shtab.FILE)
+    complete_with(output, shtab.FILE)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def completed_by(action: argparse.Action, kind: Mapping[str, Any]) -> None:
+def complete_with(action: argparse.Action, kind: Mapping[str, Any]) -> None:
     """Say what a shell completes an argument with; shtab reads it there."""
     action.complete = kind  # type: ignore[attr-defined]
 
@@ -125,7 +129,7 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     file = parser.add_argument(
         "--policy", metavar="FILE", help=".toml or .json; the options above override its defaults"
     )
-    completed_by(file, shtab.FILE)
+    complete_with(file, shtab.FILE)
 
 
 def _help(setting: settings.Setting) -> str:
@@ -139,11 +143,11 @@ def add_tune_cache(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument(
         "--tune-cache", metavar="FILE", help="JSON file to keep the timings of --tune in"
     )
-    completed_by(cache, shtab.FILE)
+    complete_with(cache, shtab.FILE)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:
-    """Whether somebody sees progress and has not declined it."""
+    """Whether progress can be seen, and was not switched off."""
     return not args.quiet and sys.stderr.isatty()
 
 
@@ -195,11 +199,11 @@ def on_model(args: argparse.Namespace, use: Callable[..., Any], real: bool = Fal
         )
 
     try:
-        return run(_loaded(source))
+        return run(_load(source))
     except ValuesNeededError:
-        return run(_loaded(replace(source, real=True)))
+        return run(_load(replace(source, real=True)))
 
 
-def _loaded(source: Source) -> Loaded:
+def _load(source: Source) -> Loaded:
     with stage(f"building {source.model}"):
         return load(source)

@@ -62,7 +62,7 @@ def add_report(commands: Any) -> None:
         type=positive,
         metavar="N",
         help="text, markdown: module levels to show, 1 for the model's own children "
-        "(default: so many that layers share lines; models of a dozen layers are shown whole)",
+        "(default: the deepest at which layers share lines; small models are shown whole)",
     )
     rows.add_argument("--all", action="store_true", help="text, markdown: a line for every layer")
 
@@ -92,7 +92,7 @@ def add_report(commands: Any) -> None:
     add_model_options(picture)
     add_policy_options(picture)
     picture.add_argument(
-        "--format", choices=_PICTURES, help="default: as FILE ends; svg on standard output"
+        "--format", choices=_PICTURES, help="default: by the ending of FILE; svg on standard output"
     )
 
 

@@ -30,8 +30,8 @@ def region_of(context: Context, node: fx.Node, site: Site) -> Region | None:
     if site.skip is not None:
         return None
     kinds = (kind for kind in REGIONS.values() if site.op in kind.operators)
-    found = (_fit(context, node, kind) for kind in kinds)
-    return max((region for region in found if region), key=lambda region: len(region.nodes), default=None)
+    regions = (_fit(context, node, kind) for kind in kinds)
+    return max((region for region in regions if region), key=lambda region: len(region.nodes), default=None)
 
 
 def _fit(context: Context, node: fx.Node, kind: RegionKind) -> Region | None:
@@ -79,14 +79,14 @@ def _activation(context: Context, node: fx.Node) -> str | None:
         if not _is_plain(context, node, (nn.ReLU, nn.GELU, nn.SiLU)) or not _takes_one(node):
             return None
         module = context.module.get_submodule(str(node.target))
-        found, approximate = _ACTIVATIONS[type(module)], getattr(module, "approximate", "none")
+        name, approximate = _ACTIVATIONS[type(module)], getattr(module, "approximate", "none")
     elif node.op in ("call_function", "call_method") and len(node.args) == 1:
         if node.target not in _ACTIVATIONS or not set(node.kwargs) <= {"inplace", "approximate"}:
             return None
-        found, approximate = _ACTIVATIONS[node.target], node.kwargs.get("approximate", "none")
+        name, approximate = _ACTIVATIONS[node.target], node.kwargs.get("approximate", "none")
     else:
         return None
-    return _GELUS.get(approximate) if found == "gelu" else found
+    return _GELUS.get(approximate) if name == "gelu" else name
 
 
 def _takes_one(node: fx.Node) -> bool:

@@ -35,17 +35,17 @@ def find_sites(traced: Traced, training: bool, run: Run | None) -> tuple[Site, .
     >>> [site.name for site in find_sites(traced, True, run)][:2]
     ['conv1', 'layer1.0.conv1']
     """
-    found: list[_Found] = []
+    listed: list[_Found] = []
     for path, piece in traced.pieces.items():
         graph = piece.fx_graphs.get(training)
         if graph is not None:
             calls = [None] if run is None else run.calls.get(path, [])
             for call in calls:
-                found += _of_graph(traced, path, graph, call)
+                listed += _of_graph(traced, path, graph, call)
     if run is None:
-        return _by_graph(traced, training, _with_unique_names([f.site for f in found]))
+        return _by_graph(traced, training, _with_unique_names([f.site for f in listed]))
     inner = set(traced.products)
-    found += [
+    listed += [
         _Found(product_site(traced.root, call), call.order, call.function)
         for call in run.products
         if call.module in inner
@@ -54,11 +54,11 @@ def find_sites(traced: Traced, training: bool, run: Run | None) -> tuple[Site, .
         site = opaque_module(
             path, traced.root.get_submodule(path), "", path, None, traced.opaque[path] or None
         )
-        if site is not None and not any(f.site.name == path for f in found):
-            found.append(_Found(site, order, None))
-    found.sort(key=lambda f: f.order)
-    named = _with_unique_names([f.site for f in found])
-    functions = [f.function for f in found]
+        if site is not None and not any(f.site.name == path for f in listed):
+            listed.append(_Found(site, order, None))
+    listed.sort(key=lambda f: f.order)
+    named = _with_unique_names([f.site for f in listed])
+    functions = [f.function for f in listed]
     # a skipped call may hold many functions; what it returns stands for it
     first, output = run.autograd.positions([f for f in functions if f is not None])
     return tuple(
@@ -77,7 +77,7 @@ def _of_graph(traced: Traced, path: str, graph: fx.Graph, call: GraphCall | None
         elsewhere=frozenset([*traced.pieces, *traced.untraced]) - {""},
         reasons=traced.opaque,
     )
-    found = []
+    sites = []
     for node in graph.nodes:
         site = None
         if node.op == "call_module":
@@ -89,8 +89,8 @@ def _of_graph(traced: Traced, path: str, graph: fx.Graph, call: GraphCall | None
                 site, region=region_of(context, node, site), is_only_reader=_is_only_reader(site, node)
             )
             order = call.order.get(node.name, 0) if call else 0
-            found.append(_Found(site, order, call.functions.get(node.name) if call else None))
-    return found
+            sites.append(_Found(site, order, call.functions.get(node.name) if call else None))
+    return sites
 
 
 def _is_only_reader(site: Site, node: fx.Node) -> bool:
@@ -131,13 +131,13 @@ def _by_graph(traced: Traced, training: bool, sites: list[Site]) -> tuple[Site, 
         if node in below or node in at_site:
             below.update(_data_inputs(node))
 
-    def marked(site: Site) -> Site:
+    def mark(site: Site) -> Site:
         if site.graph:
             return site
         node = nodes[site.node]
         return replace(site, is_first=node not in above, is_output=node not in below)
 
-    return tuple(marked(site) for site in sites)
+    return tuple(mark(site) for site in sites)
 
 
 def _is_at(traced: Traced, node: fx.Node, sites: list[Site]) -> bool:
@@ -167,8 +167,8 @@ def with_positions_of(known: tuple[Site, ...], sites: tuple[Site, ...]) -> tuple
     """`sites`, of a mode that could not be run, with their namesakes' positions in the other mode."""
     by_name = {site.name: site for site in known}
 
-    def placed(site: Site) -> Site:
+    def place(site: Site) -> Site:
         twin = by_name.get(site.name)
         return site if twin is None else replace(site, is_first=twin.is_first, is_output=twin.is_output)
 
-    return tuple(placed(site) for site in sites)
+    return tuple(place(site) for site in sites)

@@ -44,12 +44,12 @@ def read_call(context: Context, node: fx.Node) -> Site | None:
     if product is None:
         return _opaque(context, node)
     site = read_product(context, node, product)
-    # a product of parameters alone is what a weight is computed by, but for a layer on a learned input
+    # a product of parameters alone computes a weight, unless it is a layer on a learned input
     return None if is_weight(product.input) and not _is_of_layer(site) else site
 
 
 def _is_of_layer(site: Site) -> bool:
-    """Whether the weight is that of a module of torch.nn, which computes just such a product."""
+    """Whether the weight belongs to a module of torch.nn that computes exactly this product."""
     return any(cls.__name__ in site.types and site.op == of.name for cls, of in SITE_MODULES.items())
 
 
@@ -94,9 +94,9 @@ def _site_name(context: Context, parameter: str, node: fx.Node) -> str:
     name = context.name(parameter)
     if name.endswith(".weight"):
         module = name.removesuffix(".weight")
-        found = module_in_stack(node) if context.parameters else None
+        owner = module_in_stack(node) if context.parameters else None
         # a tied weight has one name, and several modules that use it
-        return module if found is None or module.endswith(found[0]) else found[0]
+        return module if owner is None or module.endswith(owner[0]) else owner[0]
     path, dot, own = name.rpartition(".")
     return path + dot + (own.removesuffix("_weight") if own in _ATTENTION_WEIGHTS else own)
 
@@ -111,8 +111,8 @@ def _types(context: Context, parameter: str, node: fx.Node) -> tuple[str, ...]:
     if not context.parameters:
         return type_names(type(context.module.get_submodule(path)))
     # a captured graph has its modules in the metadata alone
-    found = module_in_stack(node)
-    return () if found is None else type_names(found[1])
+    owner = module_in_stack(node)
+    return () if owner is None else type_names(owner[1])
 
 
 def type_names(module_class: type) -> tuple[str, ...]:
@@ -123,9 +123,9 @@ def type_names(module_class: type) -> tuple[str, ...]:
 
 
 def _mentions_node(value: Any) -> bool:
-    found: list[fx.Node] = []
-    fx.map_arg(value, found.append)
-    return bool(found)
+    nodes: list[fx.Node] = []
+    fx.map_arg(value, nodes.append)
+    return bool(nodes)
 
 
 def _opaque(context: Context, node: fx.Node) -> Site | None:

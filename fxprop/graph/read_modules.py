@@ -25,7 +25,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
         return None
     module = context.module.get_submodule(str(node.target))
     if isinstance(module, registered_classes()) and name not in context.reasons:
-        return _registered(context, node, name, module)
+        return _read_registered(context, node, name, module)
     base = next((cls for cls in SITE_MODULES if isinstance(module, cls)), None)
     if base is None or name in context.reasons:
         reason = context.reasons.get(name)
@@ -61,7 +61,7 @@ def read_module_call(context: Context, node: fx.Node) -> Site | None:
     return with_shapes(site, context, node, call, known)
 
 
-def _registered(context: Context, node: fx.Node, name: str, module: nn.Module) -> Site | None:
+def _read_registered(context: Context, node: fx.Node, name: str, module: nn.Module) -> Site | None:
     product = read_module(module, node.args, node.kwargs)
     if product is None:
         return opaque_module(name, module, node.name, context.path, source_line(node.stack_trace))

@@ -76,15 +76,15 @@ def _rewritten_graphs(
 
 def _products(plans: Mapping[bool, Plan]) -> dict[str, dict[str, dict[int, Sparsity]]]:
     """Module without a graph -> parameter -> n -> what is kept; no parameters where all stays dense."""
-    found: dict[str, dict[str, dict[int, Sparsity]]] = {}
+    by_module: dict[str, dict[str, dict[int, Sparsity]]] = {}
     for decision in (decision for plan in plans.values() for decision in plan.decisions):
         site, sparsity = decision.site, decision.sparsity
         if site.is_node or site.skip is not None:
             continue
-        products = found.setdefault(site.graph, {})
+        products = by_module.setdefault(site.graph, {})
         if sparsity is not None:
             products.setdefault(parameter_of(site), {})[sparsity.n] = sparsity
-    return found
+    return by_module
 
 
 def _layers(
@@ -94,7 +94,7 @@ def _layers(
 
     (By other methods than forward, by adapters put around them, by code that runs as written.)
     """
-    found: dict[str, dict[str, dict[int, Sparsity]]] = {}
+    by_layer: dict[str, dict[str, dict[int, Sparsity]]] = {}
     for plan in plans.values():
         for decision in plan.decisions:
             site = decision.site
@@ -105,15 +105,15 @@ def _layers(
             target, _, weight = attribute.rpartition(".")
             layer = piece.get_submodule(target)
             if target and weight == "weight" and not isinstance(layer, TracedModule):
-                products = found.setdefault(".".join(filter(None, (site.graph, target))), {})
+                products = by_layer.setdefault(".".join(filter(None, (site.graph, target))), {})
                 if decision.sparsity is not None:
                     products.setdefault(weight, {})[decision.sparsity.n] = decision.sparsity
     for path, piece in pieces.items():
         for graph in piece.fx_graphs.values():
             for node in graph.nodes:
                 if node.op == "call_module":
-                    found[".".join(filter(None, (path, str(node.target))))] = {}
-    return {path: found[path] for path in found if _is_layer(pieces, path)}
+                    by_layer[".".join(filter(None, (path, str(node.target))))] = {}
+    return {path: by_layer[path] for path in by_layer if _is_layer(pieces, path)}
 
 
 def _is_layer(pieces: Mapping[str, TracedModule], path: str) -> bool:
@@ -170,7 +170,7 @@ def _rewrite_node(graph: fx.Graph, nodes: dict[str, fx.Node], node: fx.Node, dec
         input_ = _fetch(nodes, call.input, site.name, node)
         if call.pad is not None:
             pad, mode = call.pad
-            input_ = _derived(site.name, node, graph.call_function(F.pad, (input_, pad), {"mode": mode}))
+            input_ = _derive(site.name, node, graph.call_function(F.pad, (input_, pad), {"mode": mode}))
         constants: dict[str, Any] = {
             name: _fetch(nodes, value, site.name, node) if isinstance(value, Operand) else value
             for name, value in call.constants.items()
@@ -204,16 +204,16 @@ def _fetch(nodes: dict[str, fx.Node], operand: Operand, layer: str, user: fx.Nod
     if operand.node is not None:
         return nodes[operand.node]
     assert operand.attribute is not None
-    return _derived(layer, user, user.graph.get_attr(operand.attribute))
+    return _derive(layer, user, user.graph.get_attr(operand.attribute))
 
 
 def made_for(graph: fx.Graph) -> dict[str, str]:
     """The nodes that the rewrite made or changed, and the layers that it did so for, by name."""
-    found = {node.name: node.meta[_MADE_FOR] for node in graph.nodes if _MADE_FOR in node.meta}
-    return found | {n.name: n.meta[META_KEY].site.name for n in graph.nodes if META_KEY in n.meta}
+    marked = {node.name: node.meta[_MADE_FOR] for node in graph.nodes if _MADE_FOR in node.meta}
+    return marked | {n.name: n.meta[META_KEY].site.name for n in graph.nodes if META_KEY in n.meta}
 
 
-def _derived(layer: str, user: fx.Node, node: fx.Node) -> fx.Node:
+def _derive(layer: str, user: fx.Node, node: fx.Node) -> fx.Node:
     """`node`, made for the layer at `user`, with the metadata that says where it comes from."""
     for key in ("stack_trace", "nn_module_stack"):
         if key in user.meta:

@@ -26,11 +26,13 @@ def verify_graph(before: fx.Graph, after: fx.Graph, decisions: tuple[Decision, .
         if old != new:
             raise RewriteError(f"the rewrite changed the graph's {op}s from {old} to {new}")
     planned = {d.node for d in decisions}
-    found = {node.name for node in rewritten_nodes(after)} - {node.name for node in rewritten_nodes(before)}
-    if planned != found:
+    rewritten = {node.name for node in rewritten_nodes(after)} - {
+        node.name for node in rewritten_nodes(before)
+    }
+    if planned != rewritten:
         raise RewriteError(
-            f"{len(planned)} sites were planned and {len(found)} rewritten; "
-            f"they differ in {sorted(planned ^ found)}"
+            f"{len(planned)} sites were planned and {len(rewritten)} rewritten; "
+            f"they differ in {sorted(planned ^ rewritten)}"
         )
 
 

@@ -1,1 +1,1 @@
-"""Looking at what was done: code before and after, one layer explained, all of it in a folder."""
+"""Looking at a rewrite: code before and after, one layer explained, all of it in a folder."""

@@ -39,11 +39,11 @@ class Change:
         old, new = (
             f"{skipped + (size > 0)},{size}" for skipped, size in zip(self.skipped, sizes, strict=True)
         )
-        heading = f" {described(self.decision)}" if self.decision else ""
+        heading = f" {describe_decision(self.decision)}" if self.decision else ""
         return "\n".join([f"@@ -{old} +{new} @@{heading}", *lines, ""])
 
 
-def described(decision: Decision) -> str:
+def describe_decision(decision: Decision) -> str:
     """The layer, its decision and its source: "conv1: 3 of 64 channels, with batch_norm (net.py:12)"."""
     text = f"{decision.site.name}: {decision.reason or decision.status}"
     if decision.sparsity is not None:
@@ -88,12 +88,12 @@ def code_changes(gm: nn.Module) -> tuple[Change, ...]:
 
 def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
     """The lines before the rewrite that belong to a site; none if it is not a node of a graph."""
-    module = dict(_traced(gm)).get(decision.site.graph)
+    module = dict(_traced_modules(gm)).get(decision.site.graph)
     if module is None:
         return ()
     nodes = {decision.site.node}
     return tuple(
-        line for line in _code(module.fx_graphs_before[module.training]) if _assigned(line) in nodes
+        line for line in _code(module.fx_graphs_before[module.training]) if _assigned_name(line) in nodes
     )
 
 
@@ -119,7 +119,7 @@ class _Section:
 
 def _sections(gm: nn.Module) -> Iterator[_Section]:
     skipped = (0, 0)
-    traced = _traced(gm)
+    traced = _traced_modules(gm)
     in_parts = [path for path, _ in traced] != [""]
     for path, module in traced:
         heading: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def _sections(gm: nn.Module) -> Iterator[_Section]:
         skipped = (skipped[0] + len(before), skipped[1] + len(after))
 
 
-def _traced(gm: nn.Module) -> list[tuple[str, TracedModule]]:
+def _traced_modules(gm: nn.Module) -> list[tuple[str, TracedModule]]:
     return [(path, m) for path, m in gm.named_modules() if isinstance(m, TracedModule)]
 
 
@@ -147,16 +147,16 @@ def op_counts(gm: nn.Module) -> dict[str, tuple[int, int]]:
     arguments is no operation. For the mode (train or eval) that the module is in.
     """
     counts: dict[str, list[int]] = {}
-    for _, module in _traced(gm):
+    for _, module in _traced_modules(gm):
         for side, graphs in enumerate((module.fx_graphs_before, module.fx_graphs)):
             for node in graphs[module.training].nodes:
-                name = _counted(module, node)
+                name = _count_as(module, node)
                 if name is not None:
                     counts.setdefault(name, [0, 0])[side] += 1
     return {name: (before, after) for name, (before, after) in sorted(counts.items())}
 
 
-def _counted(module: nn.Module, node: fx.Node) -> str | None:
+def _count_as(module: nn.Module, node: fx.Node) -> str | None:
     """What a node counts as; None for one that only fetches something."""
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))).__name__
@@ -174,7 +174,7 @@ def operation(node: fx.Node) -> str:
 
 def generated_node(gm: nn.Module, decision: Decision) -> fx.Node | None:
     """The node that computes a site after the rewrite; None for a product in code that has no graph."""
-    module = dict(_traced(gm)).get(decision.site.graph)
+    module = dict(_traced_modules(gm)).get(decision.site.graph)
     if module is None or not decision.site.is_node:
         return None
     nodes: dict[str, fx.Node] = {node.name: node for node in module.fx_graphs[module.training].nodes}
@@ -185,7 +185,7 @@ def _code(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(str(graph.python_code("self").src).strip().splitlines())
 
 
-def _assigned(line: str) -> str | None:
+def _assigned_name(line: str) -> str | None:
     """The name of the node that a line of generated code computes."""
     match = _ASSIGNED.match(line)
     return match[1] if match else None
@@ -206,7 +206,7 @@ def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
         layer = _next(old, new)
         before, after = (of.pop(0).lines if of and of[0].layer == layer else () for of in (old, new))
         if layer is None:
-            yield from _differing(before, after, (above, below))
+            yield from _find_differences(before, after, (above, below))
         else:
             yield Change(decisions[layer], (above, below), before, after)
         above, below = above + len(before), below + len(after)
@@ -228,18 +228,18 @@ class _Run(NamedTuple):
 
 
 def _runs(lines: Sequence[str], owners: Mapping[str, str]) -> list[_Run]:
-    of_lines = itertools.groupby(lines, lambda line: owners.get(_assigned(line) or ""))
+    of_lines = itertools.groupby(lines, lambda line: owners.get(_assigned_name(line) or ""))
     return [_Run(owner, tuple(group)) for owner, group in of_lines]
 
 
-def _differing(
+def _find_differences(
     before: tuple[str, ...], after: tuple[str, ...], skipped: tuple[int, int]
 ) -> Iterator[Change]:
     """Neighbouring lines of no layer that differ: they free a value earlier or later than before."""
     pairs = list(enumerate(zip(before, after, strict=True)))
     for differ, group in itertools.groupby(pairs, lambda pair: pair[1][0] != pair[1][1]):
         if differ:
-            found = list(group)
-            at = found[0][0]
-            old, new = zip(*(lines for _, lines in found), strict=True)
+            lines_of = list(group)
+            at = lines_of[0][0]
+            old, new = zip(*(lines for _, lines in lines_of), strict=True)
             yield Change(None, (skipped[0] + at, skipped[1] + at), old, new)

@@ -1,4 +1,4 @@
-"""A policy that says for each layer what was decided, whatever rules, cost model or timings decided it."""
+"""A policy with a rule for each layer that records what rules, cost model and timings decided."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fxprop.policy.policy import Policy, Rule
 from fxprop.settings import OF_LAYERS
 
 
-def resolved(recipe: Recipe) -> Policy:
-    """One rule per layer; by it the same model is rewritten alike on any machine.
+def make_decided_policy(recipe: Recipe) -> Policy:
+    """A policy with one rule per layer, which gives the same rewrite of the model on any machine.
 
-    >>> policy_files.to_toml(resolved(recipe_of(gm)))
+    >>> policy_files.to_toml(make_decided_policy(recipe_of(gm)))
 
     Skipped layers have no rule. Where train and eval mode have plans of their own, the first mode's holds
     for the layers that both have.
@@ -28,8 +28,8 @@ def resolved(recipe: Recipe) -> Policy:
 
 def _later_uses_first(decisions: Iterable[Decision]) -> list[Decision]:
     """In an order in which the rule for a weight's first use does not take its second ("fc#2")."""
-    found = [decision for decision in decisions if decision.status != "skipped"]
-    return sorted(found, key=lambda decision: "#" not in decision.site.name)
+    decided = [decision for decision in decisions if decision.status != "skipped"]
+    return sorted(decided, key=lambda decision: "#" not in decision.site.name)
 
 
 def _rule(decision: Decision) -> Rule:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprop.errors import ReportError
 from fxprop.inspection.code import code_diff, generated_code, op_counts
-from fxprop.inspection.decided_policy import resolved
+from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.files import to_toml
 from fxprop.progress import stage
@@ -44,7 +44,7 @@ def dump(gm: nn.Module, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     Code before and after, their diff, the report in all its forms, the policy as it was given and as it was
     resolved layer by layer, and the environment. For the mode (train or eval) that `gm` is in. The folder
-    is made if it is not there; files of these names in it are replaced, others stay. Parameters are not
+    is created if needed; files of these names in it are replaced, others stay. Parameters are not
     written. Raises ReportError if it cannot be written, ModelError for a module that does not come from
     `fxprop.transform`.
     """
@@ -74,7 +74,7 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         report.to_markdown(depth=1).rstrip(),
         "## Operations in the graphs",
         tabulate(counts, ("operation", "before", "after"), tablefmt="github"),
-        "## To rewrite the same model alike",
+        "## To make the same rewrite again",
         "`fxprop report MODEL --policy policy_resolved.toml`, or "
         '`fxprop.transform(model, "policy_resolved.toml", example_inputs)`.',
     ]
@@ -89,7 +89,7 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         "report.json": report.to_json(),
         "report.csv": report.to_csv(),
         "policy.toml": to_toml(recipe.writable_policy),
-        "policy_resolved.toml": to_toml(resolved(recipe)),
+        "policy_resolved.toml": to_toml(make_decided_policy(recipe)),
         "environment.txt": environment,
     }
 

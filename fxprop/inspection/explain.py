@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fxprop.errors import ReportError
-from fxprop.inspection.code import code_changes, code_lines, described, generated_node, operation
+from fxprop.inspection.code import code_changes, code_lines, describe_decision, generated_node, operation
 from fxprop.ops.axes import Shape
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.plan.decisions import Decision
@@ -52,7 +52,7 @@ def explain(gm: nn.Module, layer: str) -> str:
         *((("clock", str(timing)),) if (timing := recipe.timing(decision)) else ()),
     ]
     lines = [f"  {name:<{_WIDTH}}{text.strip()}" for name, text in facts]
-    return "\n".join([described(decision), *lines, *_code(gm, decision)]) + "\n"
+    return "\n".join([describe_decision(decision), *lines, *_code(gm, decision)]) + "\n"
 
 
 def _node(gm: nn.Module, decision: Decision) -> str:
@@ -100,7 +100,7 @@ def _other_rules(policy: Policy, decision: Decision) -> Iterator[tuple[str, str]
                 continue
             why = f"matches, but {decision.decided_by} decides"
         else:
-            why = "not asked: an earlier rule matches" if taken else f"its {failing} does not match"
+            why = "not reached: an earlier rule matches" if taken else f"its {failing} does not match"
         yield "", f"rule {number} ({rule.conditions()}): {why}"
 
 

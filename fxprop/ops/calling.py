@@ -81,10 +81,10 @@ def check_choices(op: str, keep: Keep) -> None:
 
 
 def is_dense(keep: Keep, n: int, example: int | None, *tensors: Tensor | None) -> bool:
-    """Whether the dense operator is all that is asked for on these tensors.
+    """Whether to call the dense operator on these tensors.
 
-    It is where `keep` keeps all of n channels, or of the entries in an example (None: that is not known),
-    and where there will be no backward.
+    True where `keep` keeps all of n channels, or of the entries in an example (None: not known), and where
+    there will be no sparse backward.
     """
     return SELECTIONS[keep.select].keeps_all(keep.k, n, example) or not needs_backward(*tensors)
 
@@ -92,8 +92,8 @@ def is_dense(keep: Keep, n: int, example: int | None, *tensors: Tensor | None) -
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an operator on these tensors, and a sparse backward can take its place.
 
-    None can where a tensor is nested or sparse, which only the dense operator knows what to do with, or
-    empty, so that there is nothing to choose from.
+    It cannot where a tensor is nested or sparse, which only the dense operator can handle, or empty, so
+    that there is nothing to choose from.
     """
     given = [t for t in tensors if t is not None]
     # inference mode may have gradients enabled, and saves nothing all the same (dynamo cannot ask for it)

@@ -57,9 +57,9 @@ _CONV_TRANSPOSE = ("stride", "padding", "output_padding", "groups", "dilation")
 def _everywhere(*names: str) -> tuple[Any, ...]:
     """The functions of torch, methods of tensors and operators of aten with these names."""
     return tuple(
-        found
+        function
         for name in names
-        for found in (getattr(torch, name), getattr(torch.Tensor, name), getattr(_aten, name).default)
+        for function in (getattr(torch, name), getattr(torch.Tensor, name), getattr(_aten, name).default)
     )
 
 
@@ -158,7 +158,7 @@ def read(
     `is_weight` says which operand may be the weight of functions that do not name one.
     """
     if registered.is_registered(function):
-        return _checked(function, registered.read_function(function, args, kwargs))
+        return _check(function, registered.read_function(function, args, kwargs))
     how = _READS.get(function) if isinstance(function, Hashable) else None
     if how is None:
         return None
@@ -172,10 +172,10 @@ def read(
 
 def read_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
     """What the reader registered for the module's class makes of a call."""
-    return _checked(type(module), registered.read_module(module, args, kwargs))
+    return _check(type(module), registered.read_module(module, args, kwargs))
 
 
-def _checked(target: Any, product: Product | None) -> Product | None:
+def _check(target: Any, product: Product | None) -> Product | None:
     if product is not None and product.op not in OPERATORS:
         raise OpError(
             f"the reader registered for {target!r} returned op={product.op!r}: expected one of "

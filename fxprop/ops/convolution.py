@@ -176,8 +176,9 @@ def conv2d(
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
             the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.
-        chained: the caller's word that the input comes from `conv_batch_norm` and is used here alone. Where
-            that reads only part of its grad_output, no more of it is computed; the same gradients.
+        chained: the caller promises that the input comes from `conv_batch_norm` and is used only here.
+            Where that reads only part of its grad_output, no more of it is computed; the gradients are the
+            same.
 
     The output is bit-equal to the dense operator's. Raises OpError for arguments it cannot take and on
     double backward. Source: Wei et al., 1709.05804 ("element"); meProp's unified form, 1706.06197,

@@ -56,5 +56,7 @@ def _backward(ctx: Any, grad_output: Tensor, of: Operands) -> Gradients:
         needs_bias = False
     if not (any(of.needed) or needs_bias):
         return None, None, full_bias
-    found = SELECTIONS[keep.select].backward(form, keep, grad, of, ctx.bias_shape if needs_bias else None)
-    return found[0], found[1], full_bias if full_bias is not None else found[2]
+    gradients = SELECTIONS[keep.select].backward(
+        form, keep, grad, of, ctx.bias_shape if needs_bias else None
+    )
+    return gradients[0], gradients[1], full_bias if full_bias is not None else gradients[2]

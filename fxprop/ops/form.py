@@ -36,7 +36,7 @@ class Form:
     rows_dim = 0
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
-        """The dense operator, bit for bit."""
+        """The dense operator's output, bit for bit."""
         raise NotImplementedError
 
     def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:

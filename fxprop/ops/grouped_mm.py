@@ -18,7 +18,7 @@ from fxprop.ops.calling import check_keep, is_dense, sparse
 from fxprop.ops.engine import run
 from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.keep import Keep
-from fxprop.ops.scores import RANDOM, channel_scores, summed_over_processes
+from fxprop.ops.scores import RANDOM, channel_scores, sum_over_processes
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -94,7 +94,7 @@ def _scores(grad: Tensor, expert: Tensor, offs: Tensor, keep: Keep) -> Tensor:
         scores = torch.stack(
             [channel_scores(part, (0,), alone) if len(part) else grad.new_zeros(features) for part in parts]
         )
-    return summed_over_processes(scores) if keep.sync_selection else scores
+    return sum_over_processes(scores) if keep.sync_selection else scores
 
 
 def _first_rows(offs: Tensor, rows: int, fraction: float) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ def register_site(target: type[nn.Module] | Callable[..., Any], reader: Reader) 
 
     `reader` gets what the call gets (a module reader the module first), with graph nodes in place of
     tensors, and returns a `Product`: the name of the operator it is, its operands and the operator's
-    constants. A module's parameters are named by strings. It returns None for a call that is none.
-    Layers of a registered class are replaced by that operator where they are rewritten; that the two
-    compute the same is the caller's word. Raises OpError if `target` is registered already.
+    constants. A module's parameters are named by strings. It returns None for a call that is no such
+    product. Where layers of a registered class are rewritten, that operator takes their place; the caller
+    promises that it computes the same. Raises OpError if `target` is registered already.
     """
     table: dict[Any, Reader] = _CUSTOM_MODULES if isinstance(target, type) else _CUSTOM
     if target in table:

@@ -107,7 +107,7 @@ def channel_scores(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Te
     scores = scores_over(part_of(grad_output, keep.score_fraction, dims[0]), dims, keep)
     if not keep.sync_selection:
         return scores
-    return summed_over_processes(scores.square() if keep.score == "l2" else scores)
+    return sum_over_processes(scores.square() if keep.score == "l2" else scores)
 
 
 def scores_over(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Tensor:
@@ -139,7 +139,7 @@ def part_of(tensor: Tensor, fraction: float, dim: int = 0) -> Tensor:
     return tensor if fraction == 1 else tensor.narrow(dim, 0, math.ceil(fraction * tensor.shape[dim]))
 
 
-def summed_over_processes(scores: Tensor) -> Tensor:
+def sum_over_processes(scores: Tensor) -> Tensor:
     """`scores` as all processes of the default group have them together; alone, as they are."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return scores

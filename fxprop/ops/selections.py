@@ -115,7 +115,7 @@ class Element:
     """The top-k entries of each example: meProp's first form (1706.06197, equation 5).
 
     grad_output is masked and the dense kernels run. k is capped: a smaller image than the one the plan was
-    made for has fewer entries. An entry that is not finite ranks highest, but by "random".
+    made for has fewer entries. An entry that is not finite ranks highest, except with "random".
     """
 
     unit = "elements"

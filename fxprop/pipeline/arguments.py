@@ -1,4 +1,4 @@
-"""What is asked of the arguments before anything is done with them, and of the plan made from them.
+"""Checks of the arguments, before anything is done with them, and of the plan made from them.
 
 Each check raises an error that says what was given, what was expected and what to do; none changes
 anything.

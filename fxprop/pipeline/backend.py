@@ -35,7 +35,7 @@ def backend(policy: PolicyLike, inner: Inner = "inductor", model: nn.Module | No
             module whose code was captured; with `model` always from the model.
         inner: what compiles the rewritten graph: the name of a registered backend ("inductor",
             "aot_eager", "eager"), or a callable (gm, example_inputs) -> callable.
-        model: the model that is compiled, for the names of its parameters alone.
+        model: the model that is compiled, only for the names of its parameters.
 
     Where code is captured in several graphs, the last layers of each count as output layers, as what
     follows is not known when a graph is compiled. Raises ModelError for an `inner` that is not known.
@@ -95,5 +95,5 @@ def _lookup(inner: Inner) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[
     # slow to import, and only needed here; torch has no public way from a name to a backend
     from torch import _dynamo as dynamo
 
-    found: Callable[..., Callable[..., Any]] = dynamo.lookup_backend(inner)
-    return found
+    compiler: Callable[..., Callable[..., Any]] = dynamo.lookup_backend(inner)
+    return compiler

@@ -35,7 +35,7 @@ def set_keep(gm: nn.Module, keep: PolicyLike) -> Report:
     optimizer knows of them, stay as they are. Raises ModelError for another module, PolicyError as
     `transform` does; then nothing has changed.
     """
-    inner = unwrapped(gm)
+    inner = unwrap(gm)
     recipe = recipe_of(inner)
     if isinstance(keep, int | float) and not isinstance(keep, bool):
         return put_in_force(inner, recipe, recipe.policy.with_keep(keep))
@@ -46,7 +46,7 @@ def set_keep(gm: nn.Module, keep: PolicyLike) -> Report:
 def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
     """Rewrite `gm` by `policy`; `recipe.policy` stays what numbers given later apply to."""
     policy.check_all_match(recipe.sites)
-    plans = recipe.planned(policy)
+    plans = recipe.make_plans(policy)
     if all(flops is None for flops in recipe.backward_flops.values()):
         check_needs_no_shapes(plans)
     pieces = {path: m for path, m in gm.named_modules() if isinstance(m, TracedModule)}
@@ -56,7 +56,7 @@ def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
     return made.report(gm.training)
 
 
-def unwrapped(gm: nn.Module) -> nn.Module:
+def unwrap(gm: nn.Module) -> nn.Module:
     """The transformed module in `gm`: itself, or the one module that a wrapper holds."""
     return next((module for module in _inner(gm) if is_transformed(module)), gm)
 

@@ -1,4 +1,4 @@
-"""Recipe: what a transformed model was made by, kept with it so that another policy can be put in force."""
+"""Recipe: what went into a transformed model, kept with it so that another policy can be put in force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from fxprop.errors import ModelError
 from fxprop.plan.decisions import Decision, Plan, Sparsity, Timing
 from fxprop.plan.sites import Site
-from fxprop.policy.between_layers import chained
+from fxprop.policy.between_layers import form_chains
 from fxprop.policy.files import to_dict
 from fxprop.policy.policy import Policy, Rule
 from fxprop.report.flops import make_report
@@ -46,17 +46,17 @@ class Recipe:
         """All sites, of all modes."""
         return [decision.site for plan in self.plans.values() for decision in plan.decisions]
 
-    def planned(self, policy: Policy) -> dict[bool, Plan]:
+    def make_plans(self, policy: Policy) -> dict[bool, Plan]:
         """The plans by another policy."""
         return {
-            mode: self._by_measurement(policy.resolve([decision.site for decision in plan.decisions]))
+            mode: self._apply_timings(policy.resolve([decision.site for decision in plan.decisions]))
             for mode, plan in self.plans.items()
         }
 
-    def _by_measurement(self, plan: Plan) -> Plan:
-        return Plan(chained([self._measured(decision) for decision in plan.decisions]))
+    def _apply_timings(self, plan: Plan) -> Plan:
+        return Plan(form_chains([self._apply_timing(decision) for decision in plan.decisions]))
 
-    def _measured(self, decision: Decision) -> Decision:
+    def _apply_timing(self, decision: Decision) -> Decision:
         timing = self.timing(decision)
         if timing is None or timing.wins:
             return decision

@@ -1,6 +1,6 @@
 """The public functions: transform, estimate, layers, restore, and the order of stages that they share.
 
-model -> (front-end) graphs and shapes -> (match) sites -> (policy) plan -> (rewrite) graphs -> report.
+model -> (tracing) graphs and shapes -> (graph) sites -> (policy) plan -> (graph) new graphs -> report.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Frontend = Literal["auto", "symbolic", "submodules", "export"]
 
 
 class Transformed(NamedTuple):
-    """What `transform` returns: the module to train, and what it saves."""
+    """What `transform` returns: the module to train, and the report on what it saves."""
 
     module: nn.Module
     report: Report
@@ -80,11 +80,12 @@ def transform(
         example_kwargs: keyword inputs.
         frontend: how to get graphs. "symbolic": the whole model by torch.fx. "submodules": the largest
             parts of it that torch.fx can trace, down to single layers; needs example inputs. "export":
-            the whole model as aten operators, by torch.export. "auto": symbolic, or else submodules.
+            the whole model as aten operators, by torch.export. "auto": symbolic if possible, otherwise
+            submodules.
         leaf_modules: module classes or qualified names to keep as one call (their layers stay dense).
-        preserve_modules: module classes, or globs on qualified names, that stay modules which are called,
-            with a graph of their own: for hooks, fully_shard and activation checkpointing, block by block.
-            Modules that have hooks already are preserved anyway.
+        preserve_modules: module classes, or globs on qualified names, that stay modules and are still
+            called, each with a graph of its own: for hooks, fully_shard and activation checkpointing,
+            block by block. Modules that already have hooks are always preserved.
 
     Returns:
         (module, report). The module's output is bit-equal to the model's in train and eval mode; it
@@ -139,7 +140,7 @@ def layers(
     leaf_modules: LeafModules = (),
     preserve_modules: LeafModules = (),
 ) -> tuple[Site, ...]:
-    """Everything a policy can name, in graph order, of the mode the model is in.
+    """Every layer that a policy can name, in graph order, for the mode the model is in.
 
     >>> for site in fxprop.layers(model, (x,)):
     ...     print(site.name, site.op, site.weight_shape, site.n("channel"), site.skip)
@@ -210,7 +211,7 @@ class _Stages:
         sites: dict[bool, tuple[Site, ...]] = {}
         here = traced.training
         for mode in (here, not here) if traced.other_mode_differs else (here,):
-            with stage("running once for the shapes"), collecting(False):
+            with stage("running the model for shapes"), collecting(False):
                 runs[mode] = _run(traced, mode, args, kwargs) if has_inputs else None
             sites[mode] = find_sites(traced, mode, runs[mode])
         if has_inputs and runs.get(not here, runs[here]) is None:
@@ -260,11 +261,11 @@ def _notes(model: nn.Module, here: bool, runs: Mapping[bool, Run | None], plan: 
     elif run.real:
         yield (
             "The model reads values: shapes and FLOPs are those of one run on the example inputs, and "
-            "other inputs may take other ways through it."
+            "other inputs may take other paths through it."
         )
     if compiled := compiled_in(model):
         names = ", ".join(name or "the model itself" for name in compiled[:3])
-        yield f"Compiled before ({names}), which the result is not: compile it again."
+        yield f"These were compiled and in the result are not: {names}. Compile the result again."
     methods, rewritten = methods_beside_forward(model), plan.rewritten
     if methods and rewritten:
         alone = [d.site for d in rewritten if d.site.call and d.site.call.weight.attribute is not None]
@@ -272,9 +273,9 @@ def _notes(model: nn.Module, here: bool, runs: Mapping[bool, Run | None], plan: 
         share = sum(site.multiply_adds or 0 for site in alone) / work if work else 1.0
         names = ", ".join(f"{name}()" for name in methods[:3])
         yield (
-            f"The saving is that of calls of forward. Where {names} call layers without it, {len(alone)} "
-            f"of the {len(rewritten)} rewritten layers ({share:.0%} of their FLOPs) are sparse too, one by "
-            "one."
+            f"The saving is for calls of forward. Where {names} call layers directly, {len(alone)} of the "
+            f"{len(rewritten)} rewritten layers ({share:.0%} of their FLOPs) are sparse too, each by "
+            "itself."
         )
 
 

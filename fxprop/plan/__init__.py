@@ -16,5 +16,5 @@ piece       a module of the model that was traced alone; part: a model traced in
 opaque      a module that is kept as one call, its code unseen
 twin        a copy of the model, or of a tensor, that a run may change without leaving a trace
 account     what one run did, operator by operator, to be compared with that of another
-recipe      what a transformed module was made by: its sites, policy and plans; for reports and set_keep
+recipe      what a transformed module was made from: its sites, policy and plans; for reports and set_keep
 """

@@ -1,4 +1,4 @@
-"""The frozen records that the stages hand to each other: Site, Sparsity, Decision, Plan.
+"""The frozen records of what a model's graphs hold: Site, with its Call, Operands and Region.
 
 A graph node is read into a `Site` once; policy, rewrite and report look at the record, never at the
 node's raw arguments. Nothing here computes anything beyond sizes that follow from the record itself.

@@ -10,8 +10,8 @@ from fxprop.plan.decisions import Chain, Decision, Sparsity
 from fxprop.plan.sites import Site
 
 
-def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
-    """Several uses of one piece of code, which a module in it makes, are decided alike."""
+def settle_shared_code(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """Sites that are several uses of one piece of code get one decision."""
     # one use of each code: the first that is not rewritten, or else the first
     decisive: dict[tuple[str, str, str, int | None], Decision] = {}
     for decision in decisions:
@@ -24,7 +24,7 @@ def agreeing(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
         in_part = decision.site.graph or not decision.site.is_node
         other = decisive[_code_of(decision.site)] if in_part else decision
         if decision.status == "rewritten" and other.status != "rewritten":
-            reason = f"one piece of code with {other.site.name}, which stays dense: {other.reason}"
+            reason = f"shares its code with {other.site.name}, which stays dense: {other.reason}"
             decision = Decision(decision.site, "dense", reason, decided_by=decision.decided_by)
         elif decision.status == "rewritten":
             decision = replace(decision, sparsity=other.sparsity)
@@ -36,22 +36,22 @@ def _code_of(site: Site) -> tuple[str, str, str, int | None]:
     return site.graph, site.node, site.name.partition("#")[0], site.n("channel")
 
 
-def chained(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+def form_chains(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     """The convolutions whose input a region gives to them alone compute grad_input as far as it is read.
 
     The region reads only a part of its grad_output if its scores come from a part of the batch and its
     norm gets gradients for kept channels only.
     """
     regions = {(d.site.graph, d.node): d for d in decisions if d.region is not None}
-    found = []
+    chained = []
     for decision in decisions:
         site, sparsity = decision.site, decision.sparsity
         if sparsity is not None:
             upstream = regions.get((site.graph, site.call.input.node or "")) if site.call else None
             chain = _chain(site, sparsity, upstream)
             decision = replace(decision, sparsity=replace(sparsity, chain=chain))
-        found.append(decision)
-    return tuple(found)
+        chained.append(decision)
+    return tuple(chained)
 
 
 def _chain(site: Site, sparsity: Sparsity, upstream: Decision | None) -> Chain | None:

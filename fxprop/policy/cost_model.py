@@ -42,7 +42,7 @@ def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
         return None
     assert site.axes is not None
     kind = "depthwise" if site.axes.depthwise else "1x1" if _is_pointwise(site) else site.op
-    return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it all the same"
+    return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it anyway"
 
 
 def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:

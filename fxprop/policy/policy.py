@@ -1,7 +1,7 @@
 """Policies: which layers keep how much. Rules and defaults in, a Plan out.
 
 A policy never sees a graph: `Policy.resolve` takes `Site` records and returns one `Decision` for each.
-Reading and writing of policy files is in `policy_files.py`.
+Policy files are read and written in `files.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Decision, Plan, Sparsity
 from fxprop.plan.sites import Site
 from fxprop.policy import cost_model as cost
-from fxprop.policy.between_layers import agreeing, chained
+from fxprop.policy.between_layers import form_chains, settle_shared_code
 
 Position = Literal["first", "output"]
 POSITIONS: tuple[Position, ...] = ("first", "output")
@@ -128,7 +128,7 @@ class Policy(settings.Settings):
             tensor with the kept rows for gradient, as `nn.Embedding(sparse=True)` does, so that SGD without
             momentum, SparseAdam and Adagrad pay for these rows only. Other optimizers refuse it.
         when: "faster" leaves a layer dense where fxprop's cost model predicts that a sparse backward
-            would not be faster ("channel"; needs shapes); "always" rewrites it all the same.
+            would not be faster ("channel"; needs shapes); "always" rewrites it anyway.
 
     For each site, in this order:
         1. what cannot be rewritten is skipped, with the reason;
@@ -178,7 +178,7 @@ class Policy(settings.Settings):
 
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
-        return Plan(chained(agreeing([self._decide(site) for site in sites])))
+        return Plan(form_chains(settle_shared_code([self._decide(site) for site in sites])))
 
     def check_all_match(self, sites: Sequence[Site]) -> None:
         """Raise PolicyError for the first rule that matches none of `sites`."""
@@ -226,7 +226,7 @@ class Policy(settings.Settings):
         of_layer, dropped = settings.of_layer(policy, site)
         share = policy.keep if SELECTIONS[policy.select].counts_batch and policy.k is None else None
         if share is not None and policy.round_to != 1:
-            dropped += (f"round_to={policy.round_to}: how many there are is known at run time only",)
+            dropped += (f"round_to={policy.round_to}: how many rows there are is known only at run time",)
             policy = replace(policy, round_to=1)
         k = _kept(policy, n)
         if k == n and share is None:
@@ -297,6 +297,6 @@ def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:
 
 
 def rule_fields(*, in_files: bool) -> tuple[str, ...]:
-    """The names a rule may set, in order; `where` cannot be written to a file."""
+    """The names that a rule may set, in order; `where` cannot be written to a file."""
     names = (*CONDITIONS, *settings.NAMES)
     return tuple(n for n in names if n != "where") if in_files else names

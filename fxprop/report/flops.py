@@ -87,7 +87,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
     sparse = _gradients(forward * sparsity.k // sparsity.n, needs)
     if sparsity.chain is not None and site.input_shape is not None:
         sparse = replace(
-            sparse, grad_input=_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
+            sparse, grad_input=_count_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
         )
     assert site.axes is not None
     selection = SELECTIONS[sparsity.select]
@@ -96,7 +96,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
 
 
-def _chained(grad_input: int, chain: Chain, batch: int) -> int:
+def _count_chained(grad_input: int, chain: Chain, batch: int) -> int:
     """Whole for the examples that upstream chooses by, and its kept channels for the others."""
     whole = math.ceil(chain.score_fraction * batch)
     rest = grad_input * (batch - whole) // max(1, batch)

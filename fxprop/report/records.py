@@ -1,4 +1,4 @@
-"""The report as data: one record per layer, and totals that add up. How it is shown is in the forms."""
+"""The report as data: one record per layer, and totals that add up. `forms` shows it."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Totals:
 class ReportData:
     """What every form of the report shows.
 
-    Counts are FLOPs of one backward pass; what the columns mean is said at `Report`.
+    Counts are FLOPs of one backward pass; `Report` says what the columns mean.
     """
 
     model: str

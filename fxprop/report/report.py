@@ -1,4 +1,4 @@
-"""The report as people get it: the data, with a method for each form."""
+"""The report that users get: the data, with a method for each form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Report(ReportData):
         return csv.to_csv(self)
 
     def to_text(self, width: int | None = None, depth: Depth = None) -> str:
-        """Tables for people, grouped by module with subtotals; exact numbers are in the other forms.
+        """Tables to read, grouped by module with subtotals; exact numbers are in the other forms.
 
         >>> print(report.to_text(width=160, depth="all"))
 

@@ -1,4 +1,4 @@
-"""What the report says of layers and totals, in the same words in every form."""
+"""What the report says about layers and totals, in the same words in every form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
 
 
 def title(report: ReportData) -> str:
-    """How many layers there are of each kind."""
+    """How many layers of each kind there are."""
     counts = {"rewritten": 0, "dense": 0, "skipped": 0}
     for layer in report.layers:
         counts[layer.status] += 1
@@ -26,12 +26,12 @@ def title(report: ReportData) -> str:
 
 
 def notes(report: ReportData) -> list[str]:
-    """What the numbers mean, and what else is to be known of them."""
+    """What the numbers mean, and what else there is to know about them."""
     totals = report.totals
     if totals.other is None:
-        found = ["FLOPs were not counted: they need example_inputs."]
+        lines = ["FLOPs were not counted: they need example_inputs."]
     else:
-        found = [
+        lines = [
             f"{report.unit} of one backward pass; one multiply-add = 2 FLOPs. sparse: what the kept "
             "entries need. executed: what the kernels perform. other: products outside the listed layers, "
             "and skipped layers.",
@@ -40,20 +40,20 @@ def notes(report: ReportData) -> list[str]:
         ]
     masking = {layer.select for layer in report.layers if layer.select} - _EXECUTING
     if masking:
-        found.append(
+        lines.append(
             f"select={', '.join(map(repr, sorted(masking)))} masks the gradient and runs the dense "
-            "kernels: its executed equals dense, nothing is saved on the clock."
+            "kernels: executed equals dense, and no time is saved."
         )
     if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
-        found.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
+        lines.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
     if chained := sum(layer.chain is not None for layer in report.layers):
-        found.append(
+        lines.append(
             f"Chains: {chained} layers compute their input's gradient only in the channels that the layer "
             "in front of them reads."
         )
     left_out = Counter(why for layer in report.layers for why in layer.left_out)
-    found += [f"Left out at {count} layers, {why}." for why, count in left_out.items()]
-    return [*found, *([report.note] if report.note else [])]
+    lines += [f"Ignored at {count} layers: {why}." for why, count in left_out.items()]
+    return [*lines, *([report.note] if report.note else [])]
 
 
 def reasons(report: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -61,8 +61,8 @@ def reasons(report: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
     dense = [(x.name, str(x.reason)) for x in report.layers if x.status == "dense"]
     skipped = [(f"{x.name} ({x.op})", str(x.reason)) for x in report.layers if x.status == "skipped"]
     untraced = [(name or report.model, reason) for name, reason in report.untraced]
-    found = [("left dense", dense), ("skipped", skipped), ("runs as written", untraced)]
-    return [(heading, lines) for heading, lines in found if lines]
+    parts = [("left dense", dense), ("skipped", skipped), ("runs as written", untraced)]
+    return [(heading, lines) for heading, lines in parts if lines]
 
 
 def kept(row: Row) -> str:

@@ -91,7 +91,7 @@ def time_site(site: Site, sparsity: Sparsity, conditions: Conditions, rounds: in
     def backward(output: Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True, allow_unused=True)
 
-    dense, sparse = interleaved([backward(output) for output in outputs], rounds, conditions.device)
+    dense, sparse = time_interleaved([backward(output) for output in outputs], rounds, conditions.device)
     return SiteTimes(dense, sparse)
 
 
@@ -135,7 +135,7 @@ def _norm(site: Site, leaves: list[Tensor], made: dict[str, Any]) -> torch.nn.Mo
     return norm
 
 
-def interleaved(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
+def time_interleaved(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
     """Median seconds of each call; every round makes all of them, so that a slow moment hits all."""
 
     def seconds(call: Callable[[], Any], times: int) -> float:
@@ -149,8 +149,8 @@ def interleaved(calls: list[Callable[[], Any]], rounds: int, device: torch.devic
     for call in calls:
         call()
     times = [max(1, int(_SHORTEST / seconds(call, 1))) for call in calls]
-    found = [[seconds(call, n) for call, n in zip(calls, times, strict=True)] for _ in range(rounds)]
-    return [statistics.median(of_call) for of_call in zip(*found, strict=True)]
+    by_round = [[seconds(call, n) for call, n in zip(calls, times, strict=True)] for _ in range(rounds)]
+    return [statistics.median(of_call) for of_call in zip(*by_round, strict=True)]
 
 
 def _wait(device: torch.device) -> None:

@@ -80,7 +80,7 @@ def measure(
         modules[name] = gm
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
         savings[name] = (report.totals.saving or 0.0, rewritten, None if policy.rules else policy.keep)
-    found = {
+    times_of = {
         name: tuple(site_times(gm, example_inputs, rounds, progress)) if sites and name != "dense" else ()
         for name, gm in modules.items()
     }
@@ -108,7 +108,7 @@ def measure(
             *savings[name],
             tuple(steps[name]),
             *memory[name],
-            tuple(SiteRow(site.name, s.k, s.n, *times) for site, s, times in found[name]),
+            tuple(SiteRow(site.name, s.k, s.n, *times) for site, s, times in times_of[name]),
         )
         for name in modules
     ]
@@ -217,7 +217,7 @@ def _check_real(inputs: Any) -> None:
         if isinstance(leaf, Tensor) and (leaf.is_meta or type(leaf) is not Tensor):
             raise InputError(
                 f"measure got a {type(leaf).__name__} on {leaf.device.type}: expected real tensors, "
-                "which can be computed with"
+                "which have data"
             )
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fxprop.errors import InputError
 from fxprop.pipeline.arguments import ExampleInputs
-from fxprop.pipeline.put_in_force import put_in_force, unwrapped
+from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import attach, recipe_of
 from fxprop.pipeline.transform import layers, restore
 from fxprop.plan.decisions import Decision, Sparsity, Timing
@@ -57,12 +57,12 @@ def tune(
     Returns the report on the new plan. Raises ModelError for another module, InputError for a cache that
     cannot be read.
     """
-    inner = unwrapped(gm)
+    inner = unwrap(gm)
     recipe = recipe_of(inner)
     shapes: dict[str, Site] = {}
     if example_inputs is not None or example_kwargs:
-        found = layers(restore(inner), example_inputs, example_kwargs=example_kwargs)
-        shapes = {site.name: site for site in found}
+        sites = layers(restore(inner), example_inputs, example_kwargs=example_kwargs)
+        shapes = {site.name: site for site in sites}
     known = _read(cache)
     conditions = conditions_of(inner, example_inputs)
     measured = dict(recipe.measured)
@@ -126,12 +126,12 @@ def site_times(
     gm: nn.Module, example_inputs: ExampleInputs, rounds: int, progress: bool = False
 ) -> list[tuple[Site, Sparsity, SiteTimes]]:
     """The times of every rewritten site of a transformed module that can be timed, in graph order."""
-    inner = unwrapped(gm)
+    inner = unwrap(gm)
     recipe = recipe_of(inner)
     conditions = conditions_of(inner, example_inputs)
     plan = recipe.plans.get(inner.training) or recipe.plans[not inner.training]
     known: dict[str, SiteTimes] = {}
-    found = []
+    timed = []
     for decision in tqdm(plan.rewritten, "layers", unit="layer", disable=not progress, leave=False):
         site, sparsity = decision.site, decision.sparsity
         assert sparsity is not None
@@ -139,5 +139,5 @@ def site_times(
             known_as = key(site, sparsity, conditions)
             if known_as not in known:
                 known[known_as] = time_site(site, sparsity, conditions, rounds)
-            found.append((site, sparsity, known[known_as]))
-    return found
+            timed.append((site, sparsity, known[known_as]))
+    return timed

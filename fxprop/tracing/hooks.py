@@ -17,7 +17,7 @@ _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """The kinds of hooks that `module` has: ["forward_hooks"]."""
+    """The kinds of hooks on `module`: ["forward_hooks"]."""
     return [kind.strip("_") for kind in _KINDS if getattr(module, kind, None)]
 
 
@@ -33,16 +33,16 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> frozenset[str]:
+def names_to_preserve(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> frozenset[str]:
     """The names of the modules in `model` that must go on being called as modules.
 
-    >>> preserved(resnet18, ["layer?.*", nn.MaxPool2d])
+    >>> names_to_preserve(resnet18, ["layer?.*", nn.MaxPool2d])
 
     Those with hooks, and those asked for by class or by a glob on the name; TraceError names the near
     misses of what matches none.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    found = {name for name, module in modules.items() if hooks_of(module)}
+    names = {name for name, module in modules.items() if hooks_of(module)}
     for wanted in asked_for:
         if isinstance(wanted, str):
             matching = fnmatch.filter(modules, wanted)
@@ -55,12 +55,12 @@ def preserved(model: nn.Module, asked_for: Iterable[type[nn.Module] | str]) -> f
                 f"preserve_modules: {wanted!r} matches no module of {type(model).__name__}. "
                 f"Nearest: {', '.join(near) or 'none'}."
             )
-        found.update(matching)
-    return frozenset(found)
+        names.update(matching)
+    return frozenset(names)
 
 
-def uncalled(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
-    """Where the modules in `root` that `graph` does not call keep their hooks: (name, kind) -> hooks."""
+def find_uncalled_hooks(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
+    """The hooks on modules in `root` that `graph` does not call: (name, kind) -> hooks."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
     def below(name: str) -> bool:

@@ -3,7 +3,7 @@
 One run of the model shows how its modules are called. Where the model cannot be traced, its children are
 tried, and so on down to single layers. A part becomes a graph only if nothing about its calls has to be
 fixed for that, so that code around it may go on calling it as it likes. Code that is left over runs as it
-is written; the products with parameters in it are replaced as they are called (see `calls.py`).
+is written; products with parameters in it are replaced when they are called (`graph/sparse_products.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxprop.ops.catalogue import OPERATORS, arguments, read_module
 from fxprop.ops.registered import registered_classes
 from fxprop.tracing.attention import TraceableAttention, is_attention
 from fxprop.tracing.export import trace_exported
-from fxprop.tracing.hooks import preserved
+from fxprop.tracing.hooks import names_to_preserve
 from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.stored import Graphs
 from fxprop.tracing.module.traced_module import TracedModule, name_in_the_way
@@ -68,11 +68,11 @@ def trace_model(
             )
         return trace_exported(model, inputs)
     given = bind_arguments(model, *inputs) if inputs is not None else {}
-    descent = _Descent(model, inputs, leaf_modules, preserved(model, preserve_modules))
+    descent = _Descent(model, inputs, leaf_modules, names_to_preserve(model, preserve_modules))
     descent.asked_for = frontend == "symbolic"
     if frontend != "submodules":
         try:
-            return descent.agreeing("symbolic", lambda: descent.trace("", model, given))
+            return descent.trace_until_agreed("symbolic", lambda: descent.trace("", model, given))
         except TraceError as error:
             if frontend == "symbolic":
                 raise
@@ -84,7 +84,7 @@ def trace_model(
             descent.refuse("", str(error))
     elif inputs is None:
         raise TraceError("the submodules front-end needs example_inputs: it has to see the model run")
-    return descent.agreeing("submodules", lambda: descent.visit("", model, whole=False))
+    return descent.trace_until_agreed("submodules", lambda: descent.visit("", model, whole=False))
 
 
 class _Descent:
@@ -116,7 +116,7 @@ class _Descent:
         """Never take the module at `path` as one graph."""
         self._refused[path] = why
 
-    def agreeing(self, frontend: str, go_down: Callable[[], None]) -> Traced:
+    def trace_until_agreed(self, frontend: str, go_down: Callable[[], None]) -> Traced:
         """The model with all graphs that `go_down` finds and that do what the model does.
 
         Parts whose graph does not are taken apart, and it begins again.
@@ -125,22 +125,22 @@ class _Descent:
             self._begin()
             go_down()
             traced = self.assemble(frontend)
-            found = self._disagreements(traced)
-            if not found:
+            faults = self._disagreements(traced)
+            if not faults:
                 return traced
-            if frontend == "symbolic" and "" in found:
-                raise TraceError(f"torch.fx cannot trace {the_model(self._model)}: {found['']}.")
-            if found.keys() <= self._refused.keys():
-                path, why = next(iter(found.items()))
+            if frontend == "symbolic" and "" in faults:
+                raise TraceError(f"torch.fx cannot trace {the_model(self._model)}: {faults['']}.")
+            if faults.keys() <= self._refused.keys():
+                path, why = next(iter(faults.items()))
                 raise TraceError(f"{path!r} cannot be taken apart, and must be: {why}")
-            self._refused |= found
+            self._refused |= faults
 
     @torch.inference_mode(False)
     def _disagreements(self, traced: Traced) -> dict[str, str]:
-        found: dict[str, str] = {}
+        faults: dict[str, str] = {}
         here, reach = self._model.training, Reach(self._model)
         if not (reach.functions or reach.others):
-            return found  # nothing but torch's own modules, each of which is called as it is
+            return faults  # nothing but torch's own modules, each of which is called as it is
         for training in (here, not here) if reach.reads_its_mode() else (here,):
             pieces = {path for path, piece in traced.pieces.items() if training in piece.fx_graphs}
             if self._inputs is None or not pieces:
@@ -159,10 +159,10 @@ class _Descent:
                 run = recording.run(backward=counted and not model.real)
             except InputError as error:
                 run = error
-            found |= disagreements(model, recording.observation, pieces, train=training)
+            faults |= disagreements(model, recording.observation, pieces, train=training)
             if counted and not model.real:
                 traced.runs[training] = run
-        return found
+        return faults
 
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:
         """Take `module` as one graph; its leaves that hold more are visited on their own."""
@@ -179,16 +179,16 @@ class _Descent:
         while True:
             names = [name.removeprefix(f"{path}.") for name in (*self._named_leaves(), *preserve)]
             traced = trace_modes(module, given, [*self._leaf_types(), *names, *leaves])
-            found = _wrappers(module, traced.graphs) - leaves if self._inputs is not None else set()
-            if "" in found:
+            wrappers = _wrappers(module, traced.graphs) - leaves if self._inputs is not None else set()
+            if "" in wrappers:
                 raise TraceError(f"{type(module).__name__} calls a function that is kept as one call")
-            if not found:
+            if not wrappers:
                 break
-            leaves |= found
+            leaves |= wrappers
         if traced.untraced and (path or (self._inputs is not None and not self.asked_for)):
             raise TraceError(traced.untraced)  # a part has to follow the model into either mode
         self._graphs[path] = traced
-        for target in _called(traced.graphs):
+        for target in _called_modules(traced.graphs):
             name, leaf = ".".join(filter(None, (path, target))), module.get_submodule(target)
             if name in preserve or not is_readable(leaf) or self._is_users_leaf(name, leaf):
                 self.visit(name, leaf, whole=target not in leaves)
@@ -199,7 +199,7 @@ class _Descent:
             return
         self._visited.add(id(module))
         if self._is_users_leaf(path, module):
-            self._opaque[path] = "kept as one call, as leaf_modules says; its FLOPs are in `other`"
+            self._opaque[path] = "kept as one call because of leaf_modules; its FLOPs are in `other`"
             return
         if is_dense(module):
             self._opaque[path] = ""
@@ -221,7 +221,7 @@ class _Descent:
             self._opaque[path] = f"it cannot be traced: {self.untraced[path]}"
 
     def _trace_part(self, path: str, module: nn.Module) -> None:
-        calls = self._here.calls[path] if self._inputs is not None else [_unseen(module)]
+        calls = self._here.calls[path] if self._inputs is not None else [_guess_pattern(module)]
         given: Mapping[str, Any] | None = None
         part = module
         if is_attention(module):
@@ -297,11 +297,11 @@ def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
     if product is None:
         raise TraceError(f"the reader registered for {kind} reads no product in its call")
 
-    def fetched(value: Any) -> Any:
+    def fetch(value: Any) -> Any:
         return graph.get_attr(value) if isinstance(value, str) else value
 
     operands = replace(
-        product, input=fetched(product.input), weight=fetched(product.weight), bias=fetched(product.bias)
+        product, input=fetch(product.input), weight=fetch(product.weight), bias=fetch(product.bias)
     )
     args, constants = arguments(operands)
     constants.pop("weight", None)
@@ -313,13 +313,13 @@ def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
 
 def _wrappers(module: nn.Module, graphs: Graphs) -> set[str]:
     """The modules whose code hands matrices to a function that is kept as one call."""
-    found: set[str] = set()
+    wrappers: set[str] = set()
     for graph in graphs.values():
         for node in graph.nodes:
             if node.op == "call_function" and is_users(node.target) and _takes_matrix(module, node):
                 stack = node.meta.get("nn_module_stack") or {"": None}
-                found.add(list(stack)[-1])
-    return found
+                wrappers.add(list(stack)[-1])
+    return wrappers
 
 
 def _takes_matrix(module: nn.Module, node: fx.Node) -> bool:
@@ -332,13 +332,13 @@ def _takes_matrix(module: nn.Module, node: fx.Node) -> bool:
     return False
 
 
-def _called(graphs: Graphs) -> list[str]:
+def _called_modules(graphs: Graphs) -> list[str]:
     """The modules that the graphs call."""
     nodes = (node for graph in graphs.values() for node in graph.nodes)
     return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
 
 
-def _unseen(module: nn.Module) -> CallPattern:
+def _guess_pattern(module: nn.Module) -> CallPattern:
     """The pattern of a module that was not seen: plain if it takes nothing but required arguments."""
     parameters = inspect.signature(module.forward).parameters.values()
     required = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -88,7 +88,7 @@ class Reach:
 
     def line_of(self, name: str) -> str:
         """The line that writes the attribute or variable `name`, or one that reads it: "file.py:12"."""
-        found = ""
+        reader = ""
         for function in self.functions:
             for code in (function.__code__, *_inner(function.__code__)):
                 line = code.co_firstlineno
@@ -97,8 +97,8 @@ class Reach:
                     if instruction.argval == name and isinstance(line, int):
                         if instruction.opname.startswith("STORE"):
                             return f"{code.co_filename}:{line}"
-                        found = found or f"{code.co_filename}:{line}"
-        return found
+                        reader = reader or f"{code.co_filename}:{line}"
+        return reader
 
     def reads_its_mode(self) -> bool:
         """Whether users' code may do something else in the other mode."""
@@ -224,11 +224,11 @@ def _closure(function: types.FunctionType) -> list[Any]:
 
 def _names(code: types.CodeType) -> set[str]:
     """The global and attribute names in `code` and in the functions defined inside it."""
-    found = set(code.co_names)
+    names = set(code.co_names)
     for inner in _inner(code):
-        found |= _names(inner)
+        names |= _names(inner)
     # getattr(x, "name") and x.__dict__["name"]
-    return found | {value for value in code.co_consts if isinstance(value, str) and value.isidentifier()}
+    return names | {value for value in code.co_consts if isinstance(value, str) and value.isidentifier()}
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -67,10 +67,10 @@ def users_line(most: int = 3) -> str:
         if not file.startswith(_BELOW):
             lines.append(f"{file}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
-    return called_from(lines)
+    return format_callers(lines)
 
 
-def called_from(lines: Sequence[str]) -> str:
+def format_callers(lines: Sequence[str]) -> str:
     """Lines, the innermost first, as they are told."""
     return lines[0] + (f" (from {', '.join(lines[1:])})" if lines[1:] else "") if lines else ""
 

@@ -43,8 +43,8 @@ def trace_modes(
 ) -> TracedGraphs:
     """The graphs of `model` in its present mode and, where the code differs, in the other one.
 
-    >>> found = trace_modes(torchvision.models.resnet18().train())
-    >>> found.graphs[True] is found.graphs[False]
+    >>> traced = trace_modes(torchvision.models.resnet18().train())
+    >>> traced.graphs[True] is traced.graphs[False]
     True
 
     `given` maps argument names to example values; see `bind_arguments`. Arguments with a default that
@@ -121,12 +121,12 @@ class _Trace:
                 raise TraceError(
                     f"torch.fx cannot trace {the_model(self._tree)}: {self._line_of_question(elsewhere)}: "
                     "its code asks whether gradients, autocast or inference mode are enabled, and a graph "
-                    "would hold the answer that it got while it was made"
+                    "would freeze the answer that it got while it was traced"
                 )
         if _hands_out(self.graph, self.constants):
             raise TraceError(
                 f"torch.fx cannot trace {the_model(self._tree)}: {first_line(type(self._tree).forward)}: "
-                "it returns a tensor that it makes anew in each call, and a graph would return the same one"
+                "it returns a tensor that it creates in each call; a graph would always return the same one"
             )
 
     def _traced(self, *, lines: bool) -> tuple[fx.Graph, dict[str, Any]]:
@@ -145,7 +145,7 @@ class _Trace:
                 for change in changes
             ),
             *(
-                f"{self._line(name)}: its code draws numbers from {name}, once for all in a graph"
+                f"{self._line(name)}: its code draws numbers from {name}, which a graph would do only once"
                 for name in drawn
             ),
         ]
@@ -154,7 +154,7 @@ class _Trace:
         return graph, constants
 
     def _line(self, told: str) -> str:
-        """The line that does something to what is named in `told`."""
+        """The line that does something to what `told` names."""
         name = told.partition("'")[2].partition("'")[0] or told.partition(".")[0]
         reach = self._state.reach
         lines = (reach.line_of(name), reach.line_of(told.rpartition(".")[2]))
@@ -233,11 +233,13 @@ class _FrozenValues(Made):  # type: ignore[no-untyped-call]
         state = next((name for name in read if name is not None), None)
         fault = ""
         if is_random(function):
-            fault = f"{name} draws random numbers that do not depend on the inputs, once for all in a graph"
+            fault = (
+                f"{name} draws random numbers that do not depend on the inputs; a graph would freeze them"
+            )
         elif written:
             fault = f"{name} writes in place to a tensor that outlasts the call, which a graph would not do"
         elif state is not None:
-            fault = f"{name} computes with {state!r}, whose present value a graph would hold for ever"
+            fault = f"{name} computes with {state!r}, whose current value a graph would freeze"
         if fault:
             self.faults.append(f"{users_line()}: {fault}")
             raise TraceError(fault)

@@ -1,1 +1,1 @@
-"""How much is kept over the steps of a training."""
+"""How much is kept in the course of training."""

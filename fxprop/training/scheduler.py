@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprop import settings
 from fxprop.errors import PolicyError
-from fxprop.pipeline.put_in_force import put_in_force, unwrapped
+from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.policy import Rule
 from fxprop.training.schedules import Schedule
@@ -49,7 +49,7 @@ class KeepScheduler:
         levels: int | Sequence[float] | None = 6,
         last_step: int = -1,
     ) -> None:
-        self._gm = unwrapped(gm)
+        self._gm = unwrap(gm)
         recipe_of(self._gm)
         self._schedules: dict[str | None, Schedule] = {None: schedule}
         self._schedules.update(rules or {})
@@ -82,21 +82,21 @@ class KeepScheduler:
         Raises PolicyError if the schedules give other ratios for that step than they gave then.
         """
         step, keep = state_dict["last_step"], list(state_dict["last_keep"])
-        found = self._keep_at(step)
-        if len(found) != len(keep) or not all(map(math.isclose, found, keep)):
+        ratios = self._keep_at(step)
+        if len(ratios) != len(keep) or not all(map(math.isclose, ratios, keep)):
             raise PolicyError(
                 f"the checkpoint has keep ratios {keep} at step {step}; the schedules given here have "
-                f"{found}. Make the scheduler with the schedules of the checkpoint."
+                f"{ratios}. Make the scheduler with the schedules of the checkpoint."
             )
         self._set(step)
 
     def _keep_at(self, step: int) -> list[float]:
-        found = []
+        ratios = []
         for name, schedule in self._schedules.items():
             keep = schedule(step)
             settings.check("keep", keep, f"schedule at step {step}")
-            found.append(_nearest(keep, self._levels[name]))
-        return found
+            ratios.append(_nearest(keep, self._levels[name]))
+        return ratios
 
     def _set(self, step: int) -> None:
         keep = self._keep_at(step)
@@ -124,8 +124,8 @@ def _levels(schedule: Schedule, levels: int | Sequence[float] | None) -> tuple[f
     bounds = getattr(schedule, "range", None)
     if bounds is None:
         raise PolicyError(
-            f"levels={levels} needs the range of the schedule, which a function of your own does not "
-            "tell: give the ratios themselves, such as levels=(1.0, 0.3, 0.1), or levels=None"
+            f"levels={levels} needs the range of the schedule, which is not known for a function of your "
+            "own: give the ratios themselves, such as levels=(1.0, 0.3, 0.1), or levels=None"
         )
     low, high = bounds
     if levels == 1 or low == high:

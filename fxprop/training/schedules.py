@@ -1,7 +1,7 @@
 """Schedules: functions from a step to a keep ratio.
 
 A step is whatever the scheduler's `step()` counts, a batch or an epoch. Any function from int to float
-serves; those here can be compared, printed and stored, and know their range, which a scheduler divides
+will do; those here can be compared, printed and stored, and know their range, which a scheduler divides
 into levels.
 """
 

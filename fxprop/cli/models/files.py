@@ -17,10 +17,10 @@ from torch import nn
 from fxprop.errors import CommandError
 
 
-def exported_program(path: str, *, unsafe_pickle: bool) -> torch.export.ExportedProgram:
+def load_exported_program(path: str, *, unsafe_pickle: bool) -> torch.export.ExportedProgram:
     """What `torch.export.save` wrote to `path`.
 
-    >>> exported_program("model.pt2", unsafe_pickle=False).module()
+    >>> load_exported_program("model.pt2", unsafe_pickle=False).module()
 
     torch.export.load unpickles what tensors alone do not need. Without `unsafe_pickle` an archive with
     objects in it is refused, and everything else is read as tensors. Raises CommandError.
@@ -43,14 +43,14 @@ def exported_program(path: str, *, unsafe_pickle: bool) -> torch.export.Exported
 
 def _objects_in(path: str) -> list[str]:
     """The members of an archive that torch.export.load would unpickle, or run."""
-    found = []
+    members = []
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             member = PurePosixPath(name)
             constant = "constants" in member.parts and member.suffix != ".json"
             if (constant and not member.name.startswith("tensor_")) or "aotinductor" in member.parts:
-                found.append(name)
-    return found
+                members.append(name)
+    return members
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def _tensors_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-def pickled_module(path: str, *, unsafe_pickle: bool) -> nn.Module:
+def load_pickled_module(path: str, *, unsafe_pickle: bool) -> nn.Module:
     """The module that `torch.save` wrote to `path`. Raises CommandError, also without `unsafe_pickle`."""
     if not unsafe_pickle:
         raise CommandError(

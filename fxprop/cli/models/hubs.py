@@ -32,7 +32,7 @@ def _library(name: str) -> Any:
         raise CommandError(f"this model needs {name}: pip install 'fxprop[{name}]'") from error
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> CommandError:
+def _unknown_name(kind: str, name: str, known: list[str]) -> CommandError:
     near = difflib.get_close_matches(name, known, n=3)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     return CommandError(f"unknown {kind} {name!r}.{hint}")
@@ -44,7 +44,7 @@ def timm_model(
     """(how to build the model, its inputs given the model) for a timm name."""
     timm = _library("timm")
     if not timm.is_model(name):
-        raise _unknown("timm model", name, timm.list_models())
+        raise _unknown_name("timm model", name, timm.list_models())
 
     def build() -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
@@ -62,16 +62,16 @@ def hf_model(name: str, arguments: Mapping[str, Any], *, weights: bool) -> Calla
     transformers = _library("transformers")
     if Path(name).is_dir():
         return _from_directory(transformers, name, arguments)
-    found: Any = getattr(transformers, name, None)
+    named: Any = getattr(transformers, name, None)
     if weights:
         raise CommandError(f"hf:{name}: give the directory that holds the weights instead of --weights")
-    if not inspect.isclass(found):
-        raise _unknown("transformers configuration or model class", name, dir(transformers))
-    made: Any = found
-    if issubclass(found, transformers.PreTrainedConfig):
+    if not inspect.isclass(named):
+        raise _unknown_name("transformers configuration or model class", name, dir(transformers))
+    made: Any = named
+    if issubclass(named, transformers.PreTrainedConfig):
         config = made(**arguments)
         return lambda: _of_config(transformers, config)
-    if issubclass(found, transformers.PreTrainedModel) and made.config_class is not None:
+    if issubclass(named, transformers.PreTrainedModel) and made.config_class is not None:
         config = made.config_class(**arguments)
         return lambda: _trainable(made(config))
     raise CommandError(f"hf:{name} is neither a configuration nor a model class of transformers")

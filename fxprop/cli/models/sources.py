@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprop.cli.models.files import exported_program, pickled_module
+from fxprop.cli.models.files import load_exported_program, load_pickled_module
 from fxprop.cli.models.hubs import hf_inputs, hf_model, timm_model
 from fxprop.errors import CommandError
 from fxprop.pytree import tree_map
@@ -66,7 +66,7 @@ def load(source: Source) -> Loaded:
     >>> load(Source("resnet50")).inputs[0].shape
     torch.Size([8, 3, 224, 224])
 
-    CommandError says what is not there or cannot be used, and names the nearest.
+    Raises CommandError, which names what is missing or unusable, and the nearest names.
     """
     suffix = Path(source.model).suffix
     if source.model.startswith("timm:"):
@@ -295,14 +295,14 @@ def _model_args(source: Source) -> dict[str, Any]:
 
 def _from_export(source: Source) -> Loaded:
     _check_file(source.model)
-    program = exported_program(source.model, unsafe_pickle=source.unsafe_pickle)
+    program = load_exported_program(source.model, unsafe_pickle=source.unsafe_pickle)
     args, kwargs = program.example_inputs or ((), {})
     return Loaded(program.module(), tuple(args), kwargs)
 
 
 def _from_pickle(source: Source) -> Loaded:
     _check_file(source.model)
-    return Loaded(pickled_module(source.model, unsafe_pickle=source.unsafe_pickle), ())
+    return Loaded(load_pickled_module(source.model, unsafe_pickle=source.unsafe_pickle), ())
 
 
 # --- weights ------------------------------------------------------------------------------------------

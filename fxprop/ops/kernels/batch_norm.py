@@ -26,7 +26,7 @@ from torch import Tensor
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels import one_pass
 from fxprop.ops.kernels.layout import is_channels_last, take_channels
-from fxprop.ops.scores import RANDOM, part_of, summed_over_processes, wide
+from fxprop.ops.scores import RANDOM, part_of, sum_over_processes, wide
 
 
 class Sums(NamedTuple):
@@ -72,7 +72,7 @@ class NormBackward(NamedTuple):
             formula = _plain_sums if self.output is None else _masked_sums
         else:
             formula = _sums_by_aten if self.output is None else _masked_sums_by_aten
-        return Sums(*one_pass.summed(formula, *given, self.mean, self.invstd, like=self.grad_output))
+        return Sums(*one_pass.compute_sums(formula, *given, self.mean, self.invstd, like=self.grad_output))
 
     def scores(self, sums: Sums | None, keep: Keep) -> Tensor:
         """One score per channel of the norm's grad_input; NaN where an entry is not finite.
@@ -86,13 +86,15 @@ class NormBackward(NamedTuple):
             scores = self._magnitudes(sums or self.sums())
         else:
             scores = self._squares(sums or self.sums())
-        return summed_over_processes(scores) if keep.sync_selection else scores
+        return sum_over_processes(scores) if keep.sync_selection else scores
 
     def _magnitudes(self, sums: Sums) -> Tensor:
         shift = sums.grad / self.entries
         slope = self.invstd * sums.product / self.entries
         formula = _plain_magnitudes if self.output is None else _masked_magnitudes
-        (scores,) = one_pass.summed(formula, *self._flat(), self.mean, shift, slope, like=self.grad_output)
+        (scores,) = one_pass.compute_sums(
+            formula, *self._flat(), self.mean, shift, slope, like=self.grad_output
+        )
         return scores * self.scale.abs()
 
     def _squares(self, sums: Sums) -> Tensor:
@@ -114,20 +116,20 @@ class NormBackward(NamedTuple):
     def kept_gradient(self, sums: Sums, kept: Tensor) -> Tensor:
         """The channels `kept` of the norm's grad_input, in the input's memory format: [N, k, *spatial]."""
         of_kept = Sums(*(values.index_select(0, kept) for values in sums))
-        found = self._fused_gradient(of_kept, kept)
-        return self.by_aten(kept)[0] if found is None else found
+        grad = self._fused_gradient(of_kept, kept)
+        return self.backward_by_aten(kept)[0] if grad is None else grad
 
     def backward(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the norm's input, gamma and beta in the channels `kept`, from these alone."""
         if one_pass.compiles(self.grad_output):
             mean, invstd = (values.index_select(0, kept) for values in (self.mean, self.invstd))
             formula = _plain_sums_of_kept if self.output is None else _masked_sums_of_kept
-            found = one_pass.compiled(formula, *self._flat(), kept, mean, invstd)
-            sums = None if found is None else Sums(*found)
+            results = one_pass.call_compiled(formula, *self._flat(), kept, mean, invstd)
+            sums = None if results is None else Sums(*results)
             gradient = None if sums is None else self._fused_gradient(sums, kept)
             if sums is not None and gradient is not None:
                 return gradient, sums.product, sums.grad
-        return self.by_aten(kept)
+        return self.backward_by_aten(kept)
 
     def _fused_gradient(self, sums: Sums, kept: Tensor) -> Tensor | None:
         """grad_input from the sums of the kept channels; None where formulas are not compiled."""
@@ -142,20 +144,20 @@ class NormBackward(NamedTuple):
             per_entry * invstd * sums.product,
         )
         formula = _plain_kept if self.output is None else _masked_kept
-        found = one_pass.compiled(formula, *self._flat(), kept, *constants)
-        if found is None:
+        grad = one_pass.call_compiled(formula, *self._flat(), kept, *constants)
+        if grad is None:
             return None
         n, *spatial = self.input.shape[0], *self.input.shape[2:]
         if is_channels_last(self.input):
-            return found.view(n, *spatial, len(kept)).movedim(-1, 1)
-        return found.view(n, len(kept), *spatial)
+            return grad.view(n, *spatial, len(kept)).movedim(-1, 1)
+        return grad.view(n, len(kept), *spatial)
 
-    def by_aten(self, kept: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_by_aten(self, kept: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As `backward`; with `grad`, the channels `kept` of grad_output, in place of grad_output."""
         grad = wide(take_channels(self.grad_output, kept) if grad is None else grad)
         if self.output is not None:
             grad = torch.ops.aten.threshold_backward(grad, wide(take_channels(self.output, kept)), 0)
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
             grad,
             wide(take_channels(self.input, kept)),
             None if self.gamma is None else self.gamma[kept].to(self.mean.dtype),
@@ -167,7 +169,7 @@ class NormBackward(NamedTuple):
             self.eps,
             [True, True, True],
         )
-        return found[0].to(self.input.dtype), found[1], found[2]
+        return gradients[0].to(self.input.dtype), gradients[1], gradients[2]
 
 
 def _flatten(tensor: Tensor, channels_last: bool) -> Tensor:

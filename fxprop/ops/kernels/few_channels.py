@@ -19,7 +19,7 @@ from fxprop.ops.kernels.layout import is_channels_last
 
 # channels that the convolution kernels compute at once
 _BLOCK = 16
-# what computing a block's other channels in vain must cost, as a factor, for this to be faster:
+# how much more work, as a factor, a block with its unused channels must be for this to be faster:
 # on small images, and on others
 _WASTE_SMALL, _WASTE = 2.0, 1.2
 _SMALL = 100
@@ -62,7 +62,7 @@ def gradients(
     flipped = weight.flip(dims).movedim(1, -1).flatten(0, -2)  # [k * kernel, C_in]
     # not by grad_output: a single channel has no layout to tell
     in_rows = is_channels_last(input)
-    shifted = _shifted(grad_output, input.shape[2:], kernel, padding, dilation, in_rows)
+    shifted = _shift_copies(grad_output, input.shape[2:], kernel, padding, dilation, in_rows)
     grad_input = grad_weight = None
     if in_rows:
         # [N * spatial, k * kernel] and [N * spatial, C_in]
@@ -82,7 +82,7 @@ def gradients(
     return grad_input, grad_weight
 
 
-def _shifted(
+def _shift_copies(
     grad_output: Tensor,
     size: torch.Size,
     kernel: torch.Size,

@@ -59,8 +59,8 @@ class ChainEnd:
         handed, self.handed = self.handed, None
         if handed is not None and grad_output.data_ptr() != handed.placeholder.data_ptr():
             raise OpError(
-                "chained=True: the input of this convolution has another use, whose gradient was added. "
-                "It promises that the input comes from one region and is used nowhere else"
+                "chained=True promises that the input of this convolution comes from one region and is "
+                "used nowhere else, but it has another use, whose gradient was added"
             )
         return handed
 

@@ -41,10 +41,10 @@ def compiles(tensor: Tensor) -> bool:
     )
 
 
-def compiled(formula: Formula[Result], *args: Any) -> Result | None:
+def call_compiled(formula: Formula[Result], *args: Any) -> Result | None:
     """What `formula` gives, by its compiled form; None if that cannot be had on this machine."""
     try:
-        run = _compiled(formula)
+        run = _compile(formula)
     except RuntimeError as error:  # torch.compile refuses some platforms altogether
         _give_up(error)
         return None
@@ -70,28 +70,30 @@ def _give_up(error: Exception) -> None:
 
 
 @functools.cache
-def _compiled(formula: Formula[Result]) -> Formula[Result]:
+def _compile(formula: Formula[Result]) -> Formula[Result]:
     _log.info("fxprop: compiling %s; torch keeps the result in its cache on disk", formula)
     return torch.compile(formula, dynamic=True, fullgraph=True)
 
 
-def summed(formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+def compute_sums(
+    formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor
+) -> tuple[Tensor, ...]:
     """The sums that `formula` makes over [examples, channels, positions] or [positions, channels].
 
     Arguments with as many dimensions as `like` are split along the first one; the others, one value per
     channel, go to every piece.
     """
     if compiles(like):
-        sums = compiled(formula, *args)
+        sums = call_compiled(formula, *args)
         if sums is not None:
             return sums
-    return in_pieces(formula, *args, like=like, entries=_CACHED)
+    return compute_in_pieces(formula, *args, like=like, entries=_CACHED)
 
 
-def in_pieces(
+def compute_in_pieces(
     formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor, entries: int
 ) -> tuple[Tensor, ...]:
-    """The sums that `formula` makes, as `summed` takes them, from about so many entries at a time."""
+    """The sums that `formula` makes, as `compute_sums` takes them, from about so many entries at a time."""
     if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() <= 2 * entries:
         return formula(*args)
     rows = max(1, entries * len(like) // like.numel())

@@ -56,7 +56,7 @@ def conv_batch_norm(
         activation: "relu" or None.
         k, score, sync_selection, score_fraction: as in `conv2d`; select is "channel". The bias's gradient
             is the exact one, which is zero in front of batch-norm. With a fraction, the part is scored as
-            if it were the batch, but for the mean and standard deviation.
+            if it were the batch, except for the mean and standard deviation.
         norm_grad: "full", or "kept": the norm's own parameters get a gradient in the kept channels only,
             which spares a pass over all of grad_output.
         weight_grad, chained: as in `conv2d`.
@@ -99,7 +99,7 @@ def reads_part(norm_grad: str, score_fraction: float) -> bool:
 
 
 def _fits(norm: nn.Module, dims: int) -> bool:
-    """Whether `norm` is what the backward here is that of: batch statistics, and nothing besides."""
+    """Whether the backward here is that of `norm`: batch statistics, and nothing else."""
     if type(norm) is not NORMS[dims - 1]:
         return False
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
@@ -136,7 +136,7 @@ def _normalise(output: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _BatchNorm(NamedTuple):
-    """Whose own tensors are gamma and beta. See `fxprop.ops.regions.epilogue.Epilogue`."""
+    """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     norm: Any
     eps: float
@@ -182,7 +182,7 @@ class _BatchNorm(NamedTuple):
                 grad, kept_gamma, kept_beta = norm.backward(kept)
             else:
                 kept = handed.kept
-                grad, kept_gamma, kept_beta = norm.by_aten(kept, handed.grad)
+                grad, kept_gamma, kept_beta = norm.backward_by_aten(kept, handed.grad)
             product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
             total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
         else:

@@ -25,10 +25,10 @@ from fxprop.ops.form import Form
 from fxprop.ops.function import autocast_device
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.handover import ChainEnd
-from fxprop.ops.kernels.layout import take_channels
+from fxprop.ops.kernels.layout import is_channels_last, take_channels
 from fxprop.ops.regions.conv_batch_norm import CONVOLUTIONS
 from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS, RANDOM, summed_over_processes
+from fxprop.ops.scores import FROM_SUMS, RANDOM, sum_over_processes
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -120,7 +120,7 @@ class _Terms(NamedTuple):
 
 
 class _GroupNorm(NamedTuple):
-    """Whose own tensors are gamma and beta. See `fxprop.ops.regions.epilogue.Epilogue`."""
+    """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     groups: int
     eps: float
@@ -198,19 +198,21 @@ class _Backward(NamedTuple):
     def sums(self) -> _Sums:
         """Example by example, so that all but the sums stays in the cache."""
         channels, positions = self.input.shape[1], math.prod(self.input.shape[2:])
-        found = []
+        per_example = []
+        # not gamma, so that these do not depend on the channels' scale; torch 2.11 takes no None
+        ones = self.input.new_ones(channels)
         for i in range(len(self.input)):
             one = slice(i, i + 1)
             _, product, total = torch.ops.aten.native_group_norm_backward(
                 self._through((one, None)),
                 *(self.input[one], self.mean[one], self.invstd[one]),
-                # not gamma's own, by which these do not depend on the channels' scale
-                None,
+                ones,
                 *(1, channels, positions, self.norm.groups),
-                [False, True, True],
+                # grad_input is asked for where torch 2.11 crashes without it
+                [is_channels_last(self.input), True, True],
             )
-            found.append((total, product))
-        return _Sums(*(torch.stack(of) for of in zip(*found, strict=True)))
+            per_example.append((total, product))
+        return _Sums(*(torch.stack(of) for of in zip(*per_example, strict=True)))
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self.input.shape[1] // self.norm.groups, 1)
@@ -244,10 +246,10 @@ class _Backward(NamedTuple):
         else:
             scores = terms.scale.new_zeros(channels)
             for i in range(math.ceil(keep.score_fraction * n)):
-                found = self.gradient(terms, slice(i, i + 1), None)
-                powers = found.square_() if keep.score == "l2" else found.abs_()
+                grad = self.gradient(terms, slice(i, i + 1), None)
+                powers = grad.square_() if keep.score == "l2" else grad.abs_()
                 scores += powers.sum((0, *range(2, powers.dim())))
-        return summed_over_processes(scores) if keep.sync_selection else scores
+        return sum_over_processes(scores) if keep.sync_selection else scores
 
 
 def _at(tensor: Tensor, at: tuple[slice, Tensor | None]) -> Tensor:

@@ -113,12 +113,12 @@ class _SparseRegion(SparseFunction):
         needs_input, needs_weight, needs_bias, *needs_own = ctx.needs_input_grad[3:]
         needs = Needs(needs_input, needs_weight, needs_bias, tuple(needs_own))
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            found = ctx.epilogue.behind(
+            behind = ctx.epilogue.behind(
                 ctx.form, ctx.keep, grad_output, weight, tuple(saved), ctx.chain, needs
             )
             of = Operands(input, weight, (), (needs_input, needs_weight))
             pair: Pair = None, None
-            if found.kept is not None and found.grad is not None:
-                pair = ctx.form.from_kept(found.grad, found.kept, of, ctx.keep)
+            if behind.kept is not None and behind.grad is not None:
+                pair = ctx.form.from_kept(behind.grad, behind.kept, of, ctx.keep)
         used = [t for t in (grad_output, input, weight, *saved) if t is not None and t.requires_grad]
-        return None, None, None, *refuse_double_backward((*pair, found.bias, *found.own), used)
+        return None, None, None, *refuse_double_backward((*pair, behind.bias, *behind.own), used)

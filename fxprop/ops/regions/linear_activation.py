@@ -19,7 +19,7 @@ from fxprop.ops.kernels.handover import ChainEnd
 from fxprop.ops.kernels.layout import take_features
 from fxprop.ops.linear import Linear, linear
 from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, summed_over_processes, wide
+from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, sum_over_processes, wide
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -107,7 +107,7 @@ class _Activation(NamedTuple):
 
         def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, ...]:
             formula = _sums(self.name, 2 if keep.score == "l2" else 1)
-            return one_pass.in_pieces(formula, grad, before, like=grad, entries=_PIECE)
+            return one_pass.compute_in_pieces(formula, grad, before, like=grad, entries=_PIECE)
 
         grad_bias = None
         if needs.bias and keep.bias_grad == "full":
@@ -120,7 +120,7 @@ class _Activation(NamedTuple):
         elif grad_bias is None or keep.score_fraction != 1:
             _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
         if keep.sync_selection:
-            scores = summed_over_processes(scores)
+            scores = sum_over_processes(scores)
         kept = form.top(scores, int(keep.k))
         taken = BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
         if needs.bias and grad_bias is None:

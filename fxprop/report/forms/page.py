@@ -22,7 +22,7 @@ from fxprop.version import __version__
 
 
 def to_page(report: ReportData, diff: str) -> str:
-    """A whole page that needs nothing besides itself; `diff` is the code diff to show, or empty."""
+    """A complete page in one file; `diff` is the code diff to show, or empty."""
     return _render("page.html.j2", report, diff=Markup(as_html(diff)) if diff else "")
 
 

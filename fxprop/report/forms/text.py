@@ -14,12 +14,12 @@ from fxprop.report.records import ReportData
 from fxprop.report.units import Unit, percent
 from fxprop.report.wording import COLUMNS, kept, notes, ops, reasons, remarks, shape, title, total_lines
 
-# no line is longer than the reader's window, but for one narrower than this
+# no line is longer than the reader's window, unless that is narrower than this
 _NARROWEST = 80
 
 
 _COLLAPSED = (
-    "Modules in one line stand for all their layers; --all, or report.to_text(depth='all'), lists each."
+    "A module in one line stands for all its layers; --all, or report.to_text(depth='all'), lists each."
 )
 
 
@@ -30,7 +30,7 @@ def to_text(report: ReportData, width: int, depth: Depth) -> str:
     collapsed = any(row.layer is None and not row.is_heading for row in layers.rows)
     parts = [
         textwrap.fill(title(report), width),
-        _fitting(layers, width),
+        _fit(layers, width),
         *(_side_table(header, rows, width) for header, rows in _side_tables(report, depth)),
         *(textwrap.fill(note, width) for note in [*notes(report), *([_COLLAPSED] if collapsed else [])]),
     ]
@@ -91,7 +91,7 @@ class _Layers:
     def width(self, name: Callable[[Row], str], extra: Sequence[str] = ()) -> int:
         """Of the table: as of one whose only line has the longest cell of each column."""
         longest = [max(cells, key=len) for cells in self._cells(name, extra)]
-        return max(map(len, self._tabulated([longest], extra).splitlines()))
+        return max(map(len, self._tabulate_lines([longest], extra).splitlines()))
 
     def to_text(self, name: Callable[[Row], str], extra: Sequence[str] = (), style: str = "simple") -> str:
         """The table with names by `name`, and with the columns `extra`."""
@@ -102,7 +102,7 @@ class _Layers:
             if style == "simple" and self._is_separated(position):
                 lines.append(SEPARATING_LINE)
             lines.append(line)
-        return self._tabulated(lines, extra, style)
+        return self._tabulate_lines(lines, extra, style)
 
     def _cells(self, name: Callable[[Row], str], extra: Sequence[str]) -> list[list[str]]:
         names = [*map(name, self.rows), *self.totals]
@@ -117,7 +117,7 @@ class _Layers:
         above, row = self.rows[position - 1 : position + 1]
         return above.top != row.top and (row.is_heading or bool(above.parents))
 
-    def _tabulated(self, lines: Sequence[Any], extra: Sequence[str], style: str = "simple") -> str:
+    def _tabulate_lines(self, lines: Sequence[Any], extra: Sequence[str], style: str = "simple") -> str:
         between = ", " if style == "github" else "\n"
         numbers = [f"{column}{between}{self.unit}" for column in COLUMNS]
         return _tabulate(
@@ -128,7 +128,7 @@ class _Layers:
         )
 
 
-def _fitting(layers: _Layers, width: int) -> str:
+def _fit(layers: _Layers, width: int) -> str:
     """The table with as many of the extra columns as fit, and names as long as fit."""
     if not layers.rows:
         return layers.to_text(_full_name)

@@ -41,7 +41,7 @@ def assumptions(root: nn.Module, graph: fx.Graph, reach: Reach) -> list[Assumpti
         values.add(namespace.get, name, namespace[name])
     for cell in reach.cells.values():
         values.contents(cell_value(cell))
-    return values.found
+    return values.triples
 
 
 def modes(root: nn.Module, graph: fx.Graph, training: Callable[[str], bool]) -> list[Assumption]:
@@ -54,7 +54,7 @@ def modes(root: nn.Module, graph: fx.Graph, training: Callable[[str], bool]) -> 
     ]
 
 
-def hold(assumption: Assumption) -> bool:
+def holds(assumption: Assumption) -> bool:
     """Whether the value is still the same, or an equal one."""
     function, argument, value = assumption
     try:
@@ -65,8 +65,8 @@ def hold(assumption: Assumption) -> bool:
         return False
 
 
-def told(assumption: Assumption) -> str:
-    """What a broken assumption is about, in words."""
+def describe_assumption(assumption: Assumption) -> str:
+    """In words, what a broken assumption is about."""
     function, argument, value = assumption
     if isinstance(value, nn.Module):
         return f"the child {argument!r}"
@@ -84,7 +84,7 @@ def _is_below(name: str, called: set[str]) -> bool:
 class _Values:
     def __init__(self, names: set[str]) -> None:
         self._names = names
-        self.found: list[Assumption] = []
+        self.triples: list[Assumption] = []
         self._seen: dict[int, Any] = {}
 
     def add(self, function: Callable[[Any], Any], argument: Any, value: Any) -> None:
@@ -92,27 +92,27 @@ class _Values:
             return
         if not isinstance(value, type) and not callable(value):
             self.contents(value)
-        self.found.append((function, argument, value))
+        self.triples.append((function, argument, value))
 
     def of_module(self, name: str, module: nn.Module, called: set[str]) -> None:
         attributes = vars(module)
         # one of its own would be called in place of the class's; added to a list, a child would be called
         if name:
-            self.found.append((attributes.get, "forward", attributes.get("forward")))
+            self.triples.append((attributes.get, "forward", attributes.get("forward")))
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            self.found.append((len, attributes["_modules"], len(attributes["_modules"])))
+            self.triples.append((len, attributes["_modules"], len(attributes["_modules"])))
         for cls in type(module).__mro__ if _has_users_code(module) else ():
             if is_users(cls):
                 for key in self._names & vars(cls).keys() - attributes.keys():
-                    self.found.append((attributes.get, key, None))
+                    self.triples.append((attributes.get, key, None))
         for key in _read_of(module, self._names):
             self.add(attributes.get, key, attributes[key])
         for key, child in attributes["_modules"].items():
             if ".".join(filter(None, (name, key))) not in called:
-                self.found.append((attributes["_modules"].get, key, child))
+                self.triples.append((attributes["_modules"].get, key, child))
         for key, parameter in attributes["_parameters"].items():
             if parameter is None:
-                self.found.append((attributes["_parameters"].get, key, None))
+                self.triples.append((attributes["_parameters"].get, key, None))
 
     def of_mapping(self, mapping: Mapping[str, Any]) -> None:
         for key, value in list(mapping.items()):
@@ -125,13 +125,13 @@ class _Values:
             return
         self._seen[id(value)] = value
         if isinstance(value, dict) and len(value) <= _MANY:
-            self.found.append((len, value, len(value)))
+            self.triples.append((len, value, len(value)))
             for key, held in list(dict.items(value)):
                 self.add(value.get, key, held)
         elif isinstance(value, list) and len(value) <= _MANY:
-            self.found.append((list(value).__eq__, value, True))
+            self.triples.append((list(value).__eq__, value, True))
         elif is_holder(value):
-            self.found.append((len, getattr(value, "__dict__", {}), len(getattr(value, "__dict__", {}))))
+            self.triples.append((len, getattr(value, "__dict__", {}), len(getattr(value, "__dict__", {}))))
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 if key in self._names:
                     self.add(vars(value).get, key, held)

@@ -183,12 +183,12 @@ def _leading_to_modules(root: nn.Module) -> set[int]:
     holders: dict[int, list[Any]] = {}
     seen: dict[int, Any] = {id(root): root}
     waiting: collections.deque[Any] = collections.deque([root])
-    found: list[Any] = []
+    pending: list[Any] = []
     others = 0
     while waiting and others < MANY:
         value = waiting.popleft()
         if isinstance(value, nn.Module):
-            found.append(value)
+            pending.append(value)
         elif not isinstance(value, dict):
             others += 1
         for held in held_by(value):
@@ -197,9 +197,9 @@ def _leading_to_modules(root: nn.Module) -> set[int]:
                 seen[id(held)] = held
                 waiting.append(held)
     leading: set[int] = set()
-    while found:
-        for holder in holders.get(id(found.pop()), ()):
+    while pending:
+        for holder in holders.get(id(pending.pop()), ()):
             if id(holder) not in leading:
                 leading.add(id(holder))
-                found.append(holder)
+                pending.append(holder)
     return leading

@@ -21,8 +21,8 @@ import torch
 from torch import fx, nn
 
 from fxprop.errors import ModelError, TraceError
-from fxprop.tracing.hooks import is_fully_sharded, uncalled
-from fxprop.tracing.module.assumptions import Assumption, assumptions, hold, modes, told
+from fxprop.tracing.hooks import find_uncalled_hooks, is_fully_sharded
+from fxprop.tracing.module.assumptions import Assumption, assumptions, describe_assumption, holds, modes
 from fxprop.tracing.module.generated_class import (
     generated_class,
     imports_of,
@@ -144,7 +144,7 @@ class TracedModule(fx.GraphModule):
 
     def _fx_settle(self) -> None:
         with contextlib.suppress(AttributeError):  # while what it refers to is still being made
-            self._fx_uncalled = uncalled(self, self._graph)
+            self._fx_uncalled = find_uncalled_hooks(self, self._graph)
             if self._fx_pending == "arm":
                 self.fx_arm()
             self._fx_pending = ""
@@ -157,11 +157,11 @@ class TracedModule(fx.GraphModule):
             return
         graphs, reach = set(self._fx_graphs.values()), Reach(self)
         of_graph = {graph: assumptions(self, graph, reach) for graph in graphs}
-        found = {mode: list(of_graph[graph]) for mode, graph in self._fx_graphs.items()}
+        by_mode = {mode: list(of_graph[graph]) for mode, graph in self._fx_graphs.items()}
         if len(graphs) > 1:
             for mode, graph in self._fx_graphs.items():
-                found[mode] += modes(self, graph, functools.partial(self._fx_expected_mode, mode))
-        self._fx_assumptions = found
+                by_mode[mode] += modes(self, graph, functools.partial(self._fx_expected_mode, mode))
+        self._fx_assumptions = by_mode
 
     def _fx_expected_mode(self, mode: bool, name: str) -> bool:
         return mode != (name in self._fx_odd and mode == self._fx_here)
@@ -169,13 +169,13 @@ class TracedModule(fx.GraphModule):
     def _fx_follow(self) -> None:
         """Run the code as written if something has changed that the graph takes for granted; and back."""
         of_mode = self._fx_assumptions.get(self.training, [])
-        broken = next((one for one in of_mode if not hold(one)), None)
+        broken = next((one for one in of_mode if not holds(one)), None)
         if broken is not None and not self._fx_changed:
-            self._fx_run_as_written(told(broken))
+            self._fx_run_as_written(describe_assumption(broken))
             warnings.warn(
                 f"{type(self).__name__}: {self._fx_changed} has changed since the transform. Its code runs "
-                "as written from now on, with sparse layers one by one; transform the model again for a "
-                "graph of it as it is now.",
+                "as written from now on, with each layer sparse by itself; transform the model again to "
+                "get a graph of its current code.",
                 stacklevel=4,
             )
         elif broken is None:

@@ -76,7 +76,7 @@ class Account(Made):  # type: ignore[no-untyped-call]
         if function._schema.is_mutable and not written:
             name = name.removesuffix("_")
         writes = tuple(self._labels.get(storage_of(tensor)) for tensor in written)
-        operands = (*map(self._described, args), *((k, self._described(v)) for k, v in kwargs.items()))
+        operands = (*map(self._describe, args), *((k, self._describe(v)) for k, v in kwargs.items()))
         for tensor in tensors_in(result):
             self._labels.setdefault(storage_of(tensor), len(self.ops))
         for tensor in written_by(function, args, kwargs):
@@ -88,9 +88,9 @@ class Account(Made):  # type: ignore[no-untyped-call]
         at = tuple(self._watch.stack)
         self.ops.append(Op(name, operands, results, writes, modes, at, users_line()))
 
-    def _described(self, value: Any) -> Any:
+    def _describe(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._labels.get(storage_of(value)), tuple(value.shape), value.dtype
         if isinstance(value, list | tuple):
-            return tuple(map(self._described, value))
+            return tuple(map(self._describe, value))
         return value if isinstance(value, int | float | str | bool | None) else str(value)

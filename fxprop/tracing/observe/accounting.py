@@ -64,32 +64,32 @@ def observe(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool
 ) -> Observation:
     """Run the untouched model once in a mode, on fake tensors or, where it reads values, on real ones."""
-    found = run_observed(model, args, kwargs, training, real=False)
-    if found.error is None and not found.wanted_values:
-        return found
+    observation = run_observed(model, args, kwargs, training, real=False)
+    if observation.error is None and not observation.wanted_values:
+        return observation
     if not has_values(model, args, kwargs):
-        if found.error is None:
-            return found
-        if found.wanted_values:
+        if observation.error is None:
+            return observation
+        if observation.wanted_values:
             raise ValuesNeededError(
-                f"the model reads the values of tensors{found.place}, and fxprop finds shapes with "
-                f"fake tensors, which have none ({_reason(found.error)}). Give example inputs that are "
-                "real, and a model with real weights. Or leave example_inputs out, if torch.fx can trace "
-                "it: the model is transformed without counting FLOPs."
-            ) from found.error
+                f"the model reads the values of tensors{observation.place}, and fxprop finds shapes with "
+                f"fake tensors, which have none ({_reason(observation.error)}). Pass real example inputs, "
+                "and a model with real weights. Or leave example_inputs out, if torch.fx can trace the "
+                "model: FLOPs are then not counted."
+            ) from observation.error
         raise ValuesNeededError(
             f"the model cannot run on fake tensors, which have shapes but no values: it "
-            f"fails{found.place}: {_reason(found.error)}. Give example inputs that are real, and a model "
-            "with real weights."
-        ) from found.error
-    found = run_observed(model, args, kwargs, training, real=True)
-    if found.error is not None:
+            f"fails{observation.place}: {_reason(observation.error)}. Pass real example inputs, and a "
+            "model with real weights."
+        ) from observation.error
+    observation = run_observed(model, args, kwargs, training, real=True)
+    if observation.error is not None:
         raise InputError(
             f"the model cannot run on the example inputs ({describe_all(args, kwargs)}): it "
-            f"fails{found.place}: {_reason(found.error)}. Pass inputs of the shape, dtype and device that "
-            "the model takes."
-        ) from found.error
-    return found
+            f"fails{observation.place}: {_reason(observation.error)}. Pass inputs of the shape, dtype "
+            "and device that the model takes."
+        ) from observation.error
+    return observation
 
 
 @torch.inference_mode(False)
@@ -97,15 +97,15 @@ def run_observed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, *, real: bool
 ) -> Observation:
     """The same on tensors of one kind; an error of the model's is part of what is observed."""
-    found = Observation(real=real)
+    observation = Observation(real=real)
     twin = Twin(model, args, kwargs, real=real)
     doubtful = frozenset() if real else Reach(model).tells_stand_ins()
 
     def on_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.calls.setdefault(name, []).append(_pattern(module, args, kwargs))
+        observation.calls.setdefault(name, []).append(_pattern(module, args, kwargs))
 
     def on_product(module: str, parameter: str, product: Product, result: Any, source: str | None) -> None:
-        found.products.setdefault((module, parameter))
+        observation.products.setdefault((module, parameter))
 
     watch, calls = Watch(twin, on_call, on_product), Calls(doubtful)
     account = AccountBesideCalls(watch, twin.labels(), calls)
@@ -117,11 +117,11 @@ def run_observed(
             stack.enter_context(calls)
             stack.enter_context(account)
             twin.root(*twin.args, **twin.kwargs)
-        found.changes, found.drawn = list(state.changed), list(drawn)
+        observation.changes, observation.drawn = list(state.changed), list(drawn)
     except Exception as error:
-        found.error, found.failed = error, watch.failed or []
-    found.ops, found.wanted_values = account.ops, account.wanted_values or bool(calls.ran)
-    return found
+        observation.error, observation.failed = error, watch.failed or []
+    observation.ops, observation.wanted_values = account.ops, account.wanted_values or bool(calls.ran)
+    return observation
 
 
 def _reason(error: Exception) -> str:

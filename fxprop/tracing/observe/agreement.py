@@ -9,7 +9,7 @@ from fxprop.tracing.observe.account import Op
 from fxprop.tracing.observe.accounting import Observation
 
 _CAUSE = (
-    "its code takes another way with torch.fx's stand-ins than with tensors (isinstance, hasattr, `try`), "
+    "its code takes another path with torch.fx's stand-ins than with tensors (isinstance, hasattr, `try`), "
     "or does what a graph cannot hold"
 )
 
@@ -21,28 +21,28 @@ def disagreements(
 
     The innermost parts alone, where parts are inside others.
     """
-    found: dict[str, str] = {}
+    faults: dict[str, str] = {}
     mode = "train" if train else "eval"
     theirs, ours = _calls(model.ops, pieces), _calls(traced.ops, pieces)
     for call in dict.fromkeys((*theirs, *ours)):
         name = call[0]
-        if name not in found:
+        if name not in faults:
             difference = _difference(theirs.get(call, []), ours.get(call, []))
             if difference:
-                found[name] = f"in {mode} mode {difference}: {_CAUSE}"
+                faults[name] = f"in {mode} mode {difference}: {_CAUSE}"
     if traced.error is not None:
         at = next((name for name, _ in reversed(traced.failed) if name in pieces), "")
         reason = (str(traced.error).splitlines() or [type(traced.error).__name__])[0]
         line = _line_after(model.ops, traced.ops)
-        found = {
+        faults = {
             at: f"in {mode} mode {line}: its graph fails where the model does not ({reason}): {_CAUSE}"
         }
-    elif not found and "" in pieces:
+    elif not faults and "" in pieces:
         effects = [f"changes {change}" for change in model.changes if change not in traced.changes]
         effects += [f"draws numbers from {name}" for name in model.drawn if name not in traced.drawn]
         if effects:
-            found[""] = f"in {mode} mode its code {effects[0]}, which a graph would not do"
-    return {name: why for name, why in found.items() if not any(_inside(other, name) for other in found)}
+            faults[""] = f"in {mode} mode its code {effects[0]}, which a graph would not do"
+    return {name: why for name, why in faults.items() if not any(_inside(other, name) for other in faults)}
 
 
 def _line_after(theirs: list[Op], ours: list[Op]) -> str:
@@ -57,14 +57,14 @@ def _inside(name: str, outer: str) -> bool:
 
 def _calls(ops: list[Op], pieces: Collection[str]) -> Mapping[tuple[str, int], list[Op]]:
     """The operators of each call of each piece; numbers of operators count from its first."""
-    found: dict[tuple[str, int], list[Op]] = {}
+    calls: dict[tuple[str, int], list[Op]] = {}
     first: dict[tuple[str, int], int] = {}
     for number, op in enumerate(ops):
         for call in op.at:
             if call[0] in pieces:
                 start = first.setdefault(call, number)
-                found.setdefault(call, []).append(op._replace(operands=_relative(op.operands, start)))
-    return found
+                calls.setdefault(call, []).append(op._replace(operands=_relative(op.operands, start)))
+    return calls
 
 
 def _relative(operand: Any, start: int) -> Any:
@@ -82,12 +82,13 @@ def _difference(theirs: list[Op], ours: list[Op]) -> str:
     """The first difference, in words; empty where there is none."""
     for model, graph in zip(theirs, ours, strict=False):
         if _comparable(model) != _comparable(graph):
-            return f"{model.line}: the model calls {_told(model)} where its graph calls {_told(graph)}"
+            ours_is, theirs_is = _describe_op(graph), _describe_op(model)
+            return f"{model.line}: the model calls {theirs_is} where its graph calls {ours_is}"
     if len(theirs) > len(ours):
         model = theirs[len(ours)]
-        return f"{model.line}: the model calls {_told(model)}, and its graph does not"
+        return f"{model.line}: the model calls {_describe_op(model)}, and its graph does not"
     if len(ours) > len(theirs):
-        return f"its graph calls {_told(ours[len(theirs)])}, and the model does not"
+        return f"its graph calls {_describe_op(ours[len(theirs)])}, and the model does not"
     return ""
 
 
@@ -95,7 +96,7 @@ def _comparable(op: Op) -> tuple[Any, ...]:
     return op.name, op.operands, op.results, op.writes, op.modes
 
 
-def _told(op: Op) -> str:
+def _describe_op(op: Op) -> str:
     shapes = ", ".join(str(list(shape)) for shape, _ in op.results)
     modes = "" if op.modes[0] else " without gradients"
     return f"{op.name} -> {shapes}{modes}"

@@ -30,9 +30,9 @@ class Calls:
     def look(self, on: bool) -> None:
         """Look on, or not for a while: a profile function costs time for every call of any code."""
         if self._codes:
-            sys.setprofile(self._called if on else None)
+            sys.setprofile(self._note_call if on else None)
 
-    def _called(self, frame: types.FrameType, event: str, _: Any) -> None:
+    def _note_call(self, frame: types.FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code in self._codes:
             self.ran.add(frame.f_code)
 

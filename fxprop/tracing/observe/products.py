@@ -94,7 +94,7 @@ def _size(tensor: Tensor) -> tuple[int, int]:
     return tensor.dim(), tensor.numel()
 
 
-def described(product: Product, describe: Callable[[Tensor], Any]) -> Product:
+def describe_product(product: Product, describe: Callable[[Tensor], Any]) -> Product:
     """`product` with a record in place of each tensor."""
 
     def convert(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """What one run of a model showed: shapes, who needs a gradient, FLOPs, and how autograd connects it all.
 
-Plain records, filled by `shapes.py` and read by the matching of sites. They hold no tensor.
+Plain records, filled in `run.py` and read where sites are found. They hold no tensor.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ class Autograd:
 
     def requiring(self, leaves: Collection[int]) -> set[int]:
         """The functions that a gradient to one of `leaves` passes."""
-        found = set(leaves)
+        reached = set(leaves)
         for function in self._upstream_first():
-            if any(n in found for n in self.next.get(function, ())):
-                found.add(function)
-        return found
+            if any(n in reached for n in self.next.get(function, ())):
+                reached.add(function)
+        return reached
 
     def _upstream_first(self) -> list[int]:
         """Every function after all that its gradient flows to."""

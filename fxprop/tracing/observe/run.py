@@ -29,7 +29,7 @@ from fxprop.tracing.module_kinds import is_users
 from fxprop.tracing.observe.account import Account
 from fxprop.tracing.observe.accounting import Observation
 from fxprop.tracing.observe.flop_formulas import FlopCounter
-from fxprop.tracing.observe.products import described
+from fxprop.tracing.observe.products import describe_product
 from fxprop.tracing.observe.recorder import GraphRecorder, on_gradient
 from fxprop.tracing.observe.records import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
 from fxprop.tracing.observe.twin import Twin, describe_all, has_values, model_device
@@ -116,7 +116,7 @@ class Recording:
         self._clock = 0
         self._place = ""
         # records whose requires_grad is settled when the run is done: (record, key, function)
-        self.watch = Watch(self._twin, self._called, self._product)
+        self.watch = Watch(self._twin, self._note_call, self._note_product)
         # not by path: a switch of modes may take a module out of the model
         self._recorded: list[TracedModule] = []
         for path in traced.pieces:
@@ -170,9 +170,9 @@ class Recording:
             if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
                 raise ValuesNeededError(
                     f"the model reads the values of tensors{self._place}, and fxprop finds shapes with "
-                    f"fake tensors, which have none ({reason}). Give example inputs that are real, and a "
-                    "model with real weights. Or leave example_inputs out, if torch.fx can trace it: the "
-                    "model is transformed without counting FLOPs."
+                    f"fake tensors, which have none ({reason}). Pass real example inputs, and a model "
+                    "with real weights. Or leave example_inputs out, if torch.fx can trace the model: "
+                    "FLOPs are then not counted."
                 ) from error
             raise InputError(
                 f"the model cannot run on the example inputs ({given}): it fails{self._place}: {reason}. "
@@ -227,11 +227,13 @@ class Recording:
             self._functions.append(function)
         return self._numbers[id(function)]
 
-    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_call(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if name in self._opaque:
             self._run.opaque.setdefault(name, self.tick())
 
-    def _product(
+    def _note_product(
         self, module: str, parameter: str, product: Product, result: Any, source: str | None
     ) -> None:
         if not isinstance(result, torch.Tensor) or not isinstance(product.input, torch.Tensor):
@@ -239,7 +241,7 @@ class Recording:
         record = ProductCall(
             module,
             parameter,
-            described(product, self.info),
+            describe_product(product, self.info),
             self.info(result),
             self.tick(),
             self.function(result),
@@ -278,23 +280,23 @@ class Recording:
         ]
         requiring = self._run.autograd.requiring(leaves)
 
-        def settled(info: Any) -> Any:
+        def settle(info: Any) -> Any:
             if not isinstance(info, _Pending):
                 return info
             return TensorInfo(info.shape, info.dtype, info.function in requiring)
 
         for calls in self._run.calls.values():
             for call in calls:
-                call.outputs = {name: settled(info) for name, info in call.outputs.items()}
-                call.weights = {name: settled(info) for name, info in call.weights.items()}
+                call.outputs = {name: settle(info) for name, info in call.outputs.items()}
+                call.weights = {name: settle(info) for name, info in call.weights.items()}
         for record in self._run.products:
             product = record.product
-            record.output = settled(record.output)
+            record.output = settle(record.output)
             record.product = replace(
                 product,
-                input=settled(product.input),
-                weight=settled(product.weight),
-                bias=settled(product.bias),
+                input=settle(product.input),
+                weight=settle(product.weight),
+                bias=settle(product.bias),
             )
         # they hold what a forward has saved for a backward, and this holds them until cycles are collected
         self._functions.clear()
@@ -318,12 +320,12 @@ def _reach(record: ProductCall, grad: torch.Tensor) -> None:
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     """Every tensor in what a model returns, in dataclasses and mappings of any class too."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for leaf in tree_leaves(outputs):
         if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
+            tensors.append(leaf)
         elif isinstance(leaf, Mapping):
-            found += _tensors(list(leaf.values()))
+            tensors += _tensors(list(leaf.values()))
         elif dataclasses.is_dataclass(leaf):
-            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-    return found
+            tensors += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return tensors

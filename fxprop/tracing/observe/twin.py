@@ -48,7 +48,7 @@ class _VisibleCheckpoint:
 
 
 class Twin:
-    """The twin of `root` and its inputs; everything in it may be changed at will.
+    """The twin of `root` and its inputs; everything in it may be changed.
 
     Every floating-point parameter of the twin requires grad, so that autograd's graph shows how the
     model hangs together whatever is frozen; `required` are those that really do.
@@ -59,8 +59,8 @@ class Twin:
         # shape environment: none, so that a size that depends on data is an error, not a guess
         self.mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         device = model_device(root)
-        # meta is where a model is when nobody cares for the device; cpu lets tensors that its code
-        # makes on the way mix with it, as they will when it is real
+        # a model on meta has no device in mind; on cpu, tensors that its code makes on the way can mix
+        # with it, as they will when it is real
         self.device = torch.device("cpu") if device is None or device.type == "meta" else device
         self._follow_model = device is not None and device.type == "meta"
         self.required: list[torch.Tensor] = []
