@@ -1,6 +1,8 @@
 """torch.compile of transformed modules: whole graphs, equal gradients, any batch size, no host in between."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +224,16 @@ def test_cuda_graphs():
     for _ in range(4):
         found = [grad.clone() for grad in gradients(compiled, x)]
     assert difference(found, expected) < 1e-3
+
+
+def test_a_transform_leaves_pythons_math_known_to_torch_compile():
+    """torch.fx wraps it while it traces; what torch.compile learns of it then would be wrong for ever."""
+    code = """
+import torch, fxprop
+from torch import nn
+model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+x = torch.randn(2, 3, 6, 6)
+gm, _ = fxprop.transform(model, fxprop.Policy(k=2, when="always"), (x,))
+torch.compile(gm, backend="aot_eager", fullgraph=True)(x).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

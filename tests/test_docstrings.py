@@ -56,7 +56,6 @@ READY = {
         f"conv_transpose{d}d": lambda d=d: of_operator((2, 8, *[5] * d), (8, 8, *[3] * d))
         for d in (1, 2, 3)
     },
-    "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "conv_batch_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "conv_group_norm": lambda: of_operator((2, 4, 5, 5), (64, 4, 3, 3)),
     "linear": lambda: of_operator((4, 16), (64, 16)),

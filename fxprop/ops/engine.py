@@ -40,7 +40,8 @@ class _Sparse(SparseFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # read once: checkpointing hands out each tensor but once
         input, weight, *others = ctx.saved_tensors
-        of = Operands(input, weight, tuple(others), tuple(ctx.needs_input_grad[2:4]))
+        needs_input, needs_weight = ctx.needs_input_grad[2:4]
+        of = Operands(input, weight, tuple(others), (needs_input, needs_weight))
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
             grads = _backward(ctx, grad_output, of)
         marked = refuse_double_backward(grads, (grad_output, input, weight))

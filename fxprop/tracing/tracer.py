@@ -104,7 +104,10 @@ class SiteTracer(fx.Tracer):
             )
         lines = self.record_stack_traces
         # to note the stack takes longer than all else that is done for a node
-        self.record_stack_traces = lines and is_users_code_at_work(SiteTracer.trace.__code__)
+        # of a placeholder always: the first note of a stack imports dynamo, which must see Python's math as
+        # it is, and fx has wrapped that by the time of other nodes
+        noted = args[0] == "placeholder" or is_users_code_at_work(SiteTracer.trace.__code__)
+        self.record_stack_traces = lines and noted
         try:
             node = super().create_node(*args, **kwargs)
         finally:
