@@ -317,7 +317,7 @@ def test_a_platform_without_compiler_switches_fusing_off(working, monkeypatch, e
     [
         ("/home/me/torch_net.py", "/env/lib/torch/nn/modules/linear.py"),
         (r"C:\me\torch_net.py", r"C:\env\Lib\torch\nn\modules\linear.py"),
-        (r"C:\me\torch_net.py", r"C:\env\Lib\fxprop\frontends\symbolic.py"),
+        (r"C:\me\torch_net.py", r"C:\env\Lib\fxprop\tracing\symbolic.py"),
     ],
 )
 def test_the_users_line_is_found_in_paths_of_every_system(user, machinery):
