@@ -131,6 +131,7 @@ def test_the_oracle_sees_one_position_more(operator, select):
     ):
         with pytest.raises(AssertionError, match="not close"):
             assert_close(found, expected(operator, sample, leaves, coefficients, other), TOLERANCE[dtype])
+    torch.manual_seed(1)  # a mask that happens to be the right one would pass
     product = operator.product(sample.arranged(leaves), sample.constants)
     mask = mask_of(operator, sample, torch.rand(product.shape, dtype=dtype), oracle.Keep(k=2))
     with pytest.raises(AssertionError, match="not close"):
