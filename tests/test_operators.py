@@ -131,6 +131,7 @@ def test_the_oracle_sees_one_position_more(operator, select):
     ):
         with pytest.raises(AssertionError, match="not close"):
             assert_close(found, expected(operator, sample, leaves, coefficients, other), TOLERANCE[dtype])
+    torch.manual_seed(1)  # a mask that happens to be the right one would pass
     product = operator.product(sample.arranged(leaves), sample.constants)
 
     def agree_with_another_mask(seed):

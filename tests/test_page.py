@@ -385,7 +385,7 @@ def test_a_picture_is_not_thrown_at_a_terminal(capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the plot extra")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert cli.main(["plot", *MODEL, "--format", "png"]) == 1
-    assert "no text for a terminal" in capsys.readouterr().err
+    assert "cannot be shown on a terminal" in capsys.readouterr().err
 
 
 def test_without_matplotlib(resnet, monkeypatch, tmp_path):
