@@ -131,8 +131,7 @@ def test_the_oracle_sees_one_position_more(operator, select):
     ):
         with pytest.raises(AssertionError, match="not close"):
             assert_close(found, expected(operator, sample, leaves, coefficients, other), TOLERANCE[dtype])
-    product = operator.product(sample.arranged(leaves), sample.constants)
-    mask = mask_of(operator, sample, torch.rand(product.shape, dtype=dtype), oracle.Keep(k=2))
+    mask = mask_of(operator, sample, coefficients, oracle.Keep(k=2, select=select, score=LEAST))
     with pytest.raises(AssertionError, match="not close"):
         assert_close(
             found, expected(operator, sample, leaves, coefficients, keep, mask=mask), TOLERANCE[dtype]
