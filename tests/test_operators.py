@@ -131,21 +131,11 @@ def test_the_oracle_sees_one_position_more(operator, select):
     ):
         with pytest.raises(AssertionError, match="not close"):
             assert_close(found, expected(operator, sample, leaves, coefficients, other), TOLERANCE[dtype])
-    torch.manual_seed(1)  # a mask that happens to be the right one would pass
-    product = operator.product(sample.arranged(leaves), sample.constants)
-
-    def agree_with_another_mask(seed):
-        random = torch.rand(product.shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-        mask = mask_of(operator, sample, random, oracle.Keep(k=2))
-        wanted = expected(operator, sample, leaves, coefficients, keep, mask=mask)
-        assert_close(found, wanted, TOLERANCE[dtype])
-
-    def agree_with_several():
-        for seed in range(5):  # one of them may be the right mask by chance
-            agree_with_another_mask(seed)
-
+    mask = mask_of(operator, sample, coefficients, oracle.Keep(k=2, select=select, score=LEAST))
     with pytest.raises(AssertionError, match="not close"):
-        agree_with_several()
+        assert_close(
+            found, expected(operator, sample, leaves, coefficients, keep, mask=mask), TOLERANCE[dtype]
+        )
 
 
 @every_operator
@@ -287,7 +277,11 @@ def test_autocast_gives_the_types_of_the_dense_operator(operator):
         assert torch.equal(sparse.to_dense(), found["weight"])
 
 
-@every_operator
+@but_for(
+    ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
+    raises=torch._dynamo.exc.Unsupported,
+    reason="torch.compile takes no default of an autograd function's argument",
+)
 def test_compiled_code_gives_the_same_gradients(operator):
     sample, dtype = operator.samples[0], operator.supports.compiled
     ours, theirs = sample.leaves(dtype), sample.leaves(dtype)
@@ -376,8 +370,8 @@ def test_names_of_scores_are_taken_once():
 
 
 def test_every_public_operator_is_in_the_table():
-    """Except the parts of attention, which have no sparse backward, and those with tests of their own."""
+    """But for the parts of attention, which have no sparse backward."""
     without = {"Product", "attention", "check_same", "restore_layout", "sequence_first", "unpack"}
-    without |= {"register_score", "score_names", "conv_group_norm"}
+    without |= {"register_score", "score_names"}
     named = {operator.name.split()[0] for operator in OPERATORS}
     assert named == set(ops.__all__) - without

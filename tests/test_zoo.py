@@ -36,7 +36,7 @@ def input_shape(name, model):
         return (2, 3, 4, 32, 32)
     if name.startswith("vit"):
         return (1, 3, model.image_size, model.image_size)
-    side = {"inception_v3": 96, "maxvit_t": 224}.get(name, 64)
+    side = {"inception_v3": 299, "maxvit_t": 224}.get(name, 64)
     return (1 if name == "maxvit_t" else 2, 3, side, side)
 
 
