@@ -37,26 +37,13 @@ every_sample = pytest.mark.parametrize(
 )
 
 
-def but_for(names, **of_them):
-    """Every operator; those named are known to fail."""
-    known = pytest.mark.xfail(strict=True, **of_them)
-    marks = {operator.name: known if operator.name in names else () for operator in OPERATORS}
-    return pytest.mark.parametrize(
-        "operator", [pytest.param(o, marks=marks[o.name], id=o.name) for o in OPERATORS]
-    )
-
-
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_combination_of_settings(operator, dtype):
     check_combinations(operator, dtype)
 
 
-@but_for(
-    ["conv_batch_norm"],
-    raises=RuntimeError,
-    reason="the backward of batch-norm's sums wants float32 parameters where the input is of a half type",
-)
+@every_operator
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_every_combination_of_settings_in_half_types(operator, dtype):
     check_combinations(operator, dtype)
@@ -277,11 +264,7 @@ def test_autocast_gives_the_types_of_the_dense_operator(operator):
         assert torch.equal(sparse.to_dense(), found["weight"])
 
 
-@but_for(
-    ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"],
-    raises=torch._dynamo.exc.Unsupported,
-    reason="torch.compile takes no default of an autograd function's argument",
-)
+@every_operator
 def test_compiled_code_gives_the_same_gradients(operator):
     sample, dtype = operator.samples[0], operator.supports.compiled
     ours, theirs = sample.leaves(dtype), sample.leaves(dtype)

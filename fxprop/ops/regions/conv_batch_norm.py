@@ -16,7 +16,7 @@ from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.batch_norm import NormBackward
 from fxprop.ops.kernels.handover import ChainEnd
 from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS
+from fxprop.ops.scores import FROM_SUMS, wide
 from fxprop.settings import KeepArgs
 
 CONVOLUTIONS = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -171,7 +171,7 @@ class _BatchNorm(NamedTuple):
         assert features is not None
         assert mean is not None
         assert invstd is not None
-        norm = NormBackward(grad_output, output, features, mean, invstd, gamma, self.eps)
+        norm = _norm_of(grad_output, output, features, mean, invstd, gamma, self.eps)
         handed = None if chain is None else chain.take(grad_output)
         # the norm subtracts the mean, and with it whatever a bias adds
         grad_bias = weight.new_zeros(len(mean)) if needs.bias else None
@@ -183,8 +183,8 @@ class _BatchNorm(NamedTuple):
             else:
                 kept = handed.kept
                 grad, kept_gamma, kept_beta = norm.backward_by_aten(kept, handed.grad)
-            product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
-            total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
+            product = torch.zeros_like(norm.mean).index_copy_(0, kept, kept_gamma)
+            total = torch.zeros_like(norm.mean).index_copy_(0, kept, kept_beta)
         else:
             sums = norm.sums()
             product, total = sums.product, sums.grad
@@ -198,11 +198,25 @@ class _BatchNorm(NamedTuple):
         return Behind(kept, grad, grad_bias, own)
 
 
+def _norm_of(
+    grad_output: Tensor,
+    output: Tensor | None,
+    features: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+) -> NormBackward:
+    """With sums in float32 also where all of the model is of a half type."""
+    gamma = None if gamma is None else wide(gamma)
+    return NormBackward(grad_output, output, features, wide(mean), wide(invstd), gamma, eps)
+
+
 def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
     """The channels that the region of `ctx` keeps, by the grad_output of the first examples."""
     _, _, gamma, features, mean, invstd, output = ctx.chain.look(ctx)
     first = slice(len(grad_output))
     part = None if output is None else output[first]
-    norm = NormBackward(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
+    norm = _norm_of(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
     kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), int(ctx.keep.k))
     return kept
