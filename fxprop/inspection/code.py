@@ -201,10 +201,20 @@ def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
             of_before.update(dict.fromkeys((decision.site.node, *behind), decision.site.name))
     old = _runs(section.before, of_before)
     new = _runs(section.after, made_for(section.module.fx_graphs[section.module.training]))
+    at_old = at_new = 0
     above, below = section.skipped
-    while old or new:
-        layer = _next(old, new)
-        before, after = (of.pop(0).lines if of and of[0].layer == layer else () for of in (old, new))
+    ahead = _Ahead(new)
+    while at_old < len(old) or at_new < len(new):
+        ours = old[at_old].layer if at_old < len(old) else None
+        layer = new[at_new].layer if at_new < len(new) else None
+        if ours is not None and not ahead.has(ours, at_new):
+            layer = ours
+        before: tuple[str, ...] = ()
+        after: tuple[str, ...] = ()
+        if at_old < len(old) and ours == layer:
+            before, at_old = old[at_old].lines, at_old + 1
+        if at_new < len(new) and new[at_new].layer == layer:
+            after, at_new = new[at_new].lines, at_new + 1
         if layer is None:
             yield from _find_differences(before, after, (above, below))
         else:
@@ -212,19 +222,24 @@ def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
         above, below = above + len(before), below + len(after)
 
 
-def _next(old: Sequence[_Run], new: Sequence[_Run]) -> str | None:
-    """The layer whose lines come next on either side; None if lines of no layer do on both."""
-    to_come = [run.layer for run in itertools.takewhile(lambda run: run.layer is not None, new)]
-    if old and old[0].layer is not None and old[0].layer not in to_come[1:]:
-        return old[0].layer
-    return to_come[0] if to_come else None
-
-
 class _Run(NamedTuple):
     """Neighbouring lines of one layer, or of none."""
 
     layer: str | None
     lines: tuple[str, ...]
+
+
+class _Ahead:
+    """Which layers' lines are still to come before the next lines of no layer."""
+
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self._place = {run.layer: at for at, run in enumerate(runs)}
+        self._stretch = list(itertools.accumulate((run.layer is None for run in runs), initial=0))
+
+    def has(self, layer: str, at: int) -> bool:
+        """Whether `layer` has a run behind the one at `at`, and none of no layer lies between."""
+        place = self._place.get(layer, -1)
+        return place > at and self._stretch[place] == self._stretch[at]
 
 
 def _runs(lines: Sequence[str], owners: Mapping[str, str]) -> list[_Run]:
