@@ -45,3 +45,15 @@ def golden(request):
         assert text == file.read_text(encoding="utf-8"), "pytest --update-golden writes it anew"
 
     return check
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A transformed ResNet-18 and its report."""
+    # here: coverage is measured of what is imported after this file
+    import torchvision
+    from models import transformed
+
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    return transformed(model, (8, 3, 224, 224))

@@ -77,3 +77,20 @@ def small():
 
 
 IMAGES = torch.randn(2, 3, 6, 6)  # for `small`
+
+
+MARKUP = "<script>alert(1)</script>"
+
+
+def with_names_that_are_markup():
+    """Names that are markup."""
+    model = nn.Sequential()
+    model.add_module(MARKUP, nn.Linear(4, 8))
+    model.add_module("<img src=x onerror=alert(1)>", nn.Linear(8, 8))
+    model.add_module("out", nn.Linear(8, 2))
+    return model
+
+
+def transformed(model, shape, keep=0.05, **settings):
+    policy = fxprop.Policy(keep=keep, **settings)
+    return fxprop.transform(model, policy, (torch.empty(shape, device="meta"),))
