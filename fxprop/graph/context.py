@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from fxprop.ops.axes import Shapes
 from fxprop.ops.catalogue import OPERATORS
+from fxprop.ops.modules import hooks_of
 from fxprop.plan.sites import Call, Site
-from fxprop.tracing.hooks import hooks_of
 from fxprop.tracing.module_kinds import own_parameters
 from fxprop.tracing.observe.records import USED, GraphCall, TensorInfo, tensor_info
 

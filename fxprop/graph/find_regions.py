@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprop.graph.context import Context
+from fxprop.ops.modules import is_plain
 from fxprop.ops.regions.table import REGIONS, RegionKind
 from fxprop.plan.sites import Region, Site
-from fxprop.tracing.hooks import hooks_of
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 # a function, a method's name or a module class -> the activation; gelu is one of two
@@ -69,8 +69,7 @@ def _is_plain(context: Context, node: fx.Node, classes: tuple[type[nn.Module], .
     """Whether `node` calls a module that is just what its class says."""
     if node.op != "call_module" or context.name(str(node.target)) in context.reasons:
         return False
-    module = context.module.get_submodule(str(node.target))
-    return type(module) in classes and not hooks_of(module) and "forward" not in vars(module)
+    return is_plain(context.module.get_submodule(str(node.target)), classes)
 
 
 def _activation(context: Context, node: fx.Node) -> str | None:

@@ -36,11 +36,6 @@ class Axes(NamedTuple):
     matrices: int = 1
 
     @property
-    def runs(self) -> int:
-        """How many times a choice is made among `n` channels."""
-        return 1 if self.depthwise else self.groups
-
-    @property
     def n(self) -> int:
         """Output channels or features that one choice is made from."""
         return self.groups if self.depthwise else self.features

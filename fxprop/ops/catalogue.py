@@ -41,7 +41,11 @@ class Operator:
     # module classes that compute it, and the attributes that are its constants
     modules: tuple[type[nn.Module], ...] = ()
     attributes: tuple[str, ...] = ()
-    takes_bias: bool = True
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether it has a bias, and so a gradient of one."""
+        return "bias_grad" not in self.without
 
     @property
     def name(self) -> str:
@@ -111,13 +115,10 @@ OPERATORS = {
         _transposed(2, nn.ConvTranspose2d),
         _transposed(3, nn.ConvTranspose3d),
         Operator(linear, F.linear, WITHOUT_LINEAR, axes.of_linear, (_LINEAR,), (nn.Linear,)),
-        Operator(matmul, torch.matmul, WITHOUT, axes.of_matmul, _MATMUL, takes_bias=False),
+        Operator(matmul, torch.matmul, WITHOUT, axes.of_matmul, _MATMUL),
         Operator(addmm, torch.addmm, WITHOUT_ADDMM, axes.of_addmm, (_ADDMM,)),
-        Operator(einsum, torch.einsum, WITHOUT, axes.of_einsum, _EINSUM, takes_bias=False),
-        Operator(
-            *(grouped_mm, F.grouped_mm, WITHOUT_GROUPED_MM, axes.of_grouped_mm, (_GROUPED_MM,)),
-            takes_bias=False,
-        ),
+        Operator(einsum, torch.einsum, WITHOUT, axes.of_einsum, _EINSUM),
+        Operator(grouped_mm, F.grouped_mm, WITHOUT_GROUPED_MM, axes.of_grouped_mm, (_GROUPED_MM,)),
     )
 }
 

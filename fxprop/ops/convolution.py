@@ -208,6 +208,10 @@ def conv3d(
     return _convolve("conv3d", F.conv3d, input, weight, bias, stride, padding, dilation, groups, settings)
 
 
+# by spatial dimensions
+CONVOLUTIONS = {1: conv1d, 2: conv2d, 3: conv3d}
+
+
 @sparse
 def conv_transpose1d(
     input: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Operands(NamedTuple):
     needed: tuple[bool, bool]
 
 
-class Form:
+class Form(ABC):
     """One call of an operator: its constants, and its backward's parts.
 
     What most operators have in common is done here.
@@ -35,9 +36,9 @@ class Form:
     # the dimension of examples or rows in what `arrange` gives; 1 where a batch of matrices comes first
     rows_dim = 0
 
+    @abstractmethod
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
         """The dense operator's output, bit for bit."""
-        raise NotImplementedError
 
     def arrange(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """grad_output as all methods below take it."""
@@ -55,25 +56,25 @@ class Form:
         """`grad` as [examples, entries]."""
         return grad
 
+    @abstractmethod
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         """A score per channel, over all rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def top(self, scores: Tensor, k: int) -> Tensor:
         """Indices of the k channels with the highest scores, in each run of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, grad: Tensor, kept: Tensor, of: Operands) -> Tensor:
         """The kept channels of `grad`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_kept(self, grad: Tensor, kept: Tensor, of: Operands, keep: Keep) -> Pair:
         """The gradients of input and weight from what `take` gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
         """The dense gradients of an arranged input and the weight; of `of`, only what is not given."""
-        raise NotImplementedError
 
     def others_of_rows(self, kept: Tensor, of: Operands) -> tuple[Tensor, ...]:
         """The others for the rows `kept` alone, which are in order."""
@@ -81,7 +82,7 @@ class Form:
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         """The bias's gradient: sums of `grad`, or of its channels `kept`, zero elsewhere."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no bias")
 
 
 def sums_per_channel(grad: Tensor, dims: tuple[int, ...], kept: Tensor | None, shape: torch.Size) -> Tensor:

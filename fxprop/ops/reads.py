@@ -34,7 +34,7 @@ class Reads(NamedTuple):
 _NO_VALUE = inspect.Parameter.empty
 
 
-def signature_of(**defaults: Any) -> inspect.Signature:
+def _signature(**defaults: Any) -> inspect.Signature:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
         [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
@@ -42,21 +42,21 @@ def signature_of(**defaults: Any) -> inspect.Signature:
 
 
 _OPERANDS = {"input": _NO_VALUE, "weight": _NO_VALUE, "bias": None}
-CONV = signature_of(**_OPERANDS, stride=1, padding=0, dilation=1, groups=1)
-CONV_TRANSPOSE = signature_of(**_OPERANDS, stride=1, padding=0, output_padding=0, groups=1, dilation=1)
-LINEAR = signature_of(**_OPERANDS)
-MATMUL = signature_of(input=_NO_VALUE, other=_NO_VALUE)
-MM = signature_of(input=_NO_VALUE, mat2=_NO_VALUE)
-ADDMM = signature_of(input=_NO_VALUE, mat1=_NO_VALUE, mat2=_NO_VALUE, beta=1, alpha=1)
-GROUPED_MM = signature_of(mat_a=_NO_VALUE, mat_b=_NO_VALUE, offs=None, bias=None, out_dtype=None)
+CONV = _signature(**_OPERANDS, stride=1, padding=0, dilation=1, groups=1)
+CONV_TRANSPOSE = _signature(**_OPERANDS, stride=1, padding=0, output_padding=0, groups=1, dilation=1)
+LINEAR = _signature(**_OPERANDS)
+MATMUL = _signature(input=_NO_VALUE, other=_NO_VALUE)
+MM = _signature(input=_NO_VALUE, mat2=_NO_VALUE)
+ADDMM = _signature(input=_NO_VALUE, mat1=_NO_VALUE, mat2=_NO_VALUE, beta=1, alpha=1)
+GROUPED_MM = _signature(mat_a=_NO_VALUE, mat_b=_NO_VALUE, offs=None, bias=None, out_dtype=None)
 EINSUM = inspect.Signature(
     [
         inspect.Parameter("equation", inspect.Parameter.POSITIONAL_ONLY),
         inspect.Parameter("operands", inspect.Parameter.VAR_POSITIONAL),
     ]
 )
-ATEN_EINSUM = signature_of(equation=_NO_VALUE, operands=_NO_VALUE, path=None)
-ATEN_CONVOLUTION = signature_of(
+ATEN_EINSUM = _signature(equation=_NO_VALUE, operands=_NO_VALUE, path=None)
+ATEN_CONVOLUTION = _signature(
     **dict.fromkeys(("input", "weight", "bias", "stride", "padding", "dilation"), _NO_VALUE),
     transposed=False,
     output_padding=(0,),

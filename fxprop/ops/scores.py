@@ -134,9 +134,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
+def count_of(fraction: float, n: int) -> int:
+    """How many of n rows a `score_fraction` is: rounded up."""
+    return math.ceil(fraction * n)
+
+
 def part_of(tensor: Tensor, fraction: float, dim: int = 0) -> Tensor:
     """The first `fraction` of `tensor` along `dim`, rounded up."""
-    return tensor if fraction == 1 else tensor.narrow(dim, 0, math.ceil(fraction * tensor.shape[dim]))
+    return tensor if fraction == 1 else tensor.narrow(dim, 0, count_of(fraction, tensor.shape[dim]))
 
 
 def sum_over_processes(scores: Tensor) -> Tensor:

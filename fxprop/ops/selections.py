@@ -6,7 +6,6 @@ class here, and its word in `fxprop.settings.Select`.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from fxprop.ops.axes import Axes
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import is_channels_last
-from fxprop.ops.scores import RANDOM, entry_scores, scores_over
+from fxprop.ops.scores import RANDOM, count_of, entry_scores, scores_over
 from fxprop.settings import LayerSettings, Select
 
 
@@ -85,7 +84,7 @@ class Channel:
         assert rows is not None
         if of.score == RANDOM or not entries:
             return 0
-        return math.ceil(of.score_fraction * rows) * entries // rows
+        return count_of(of.score_fraction, rows) * entries // rows
 
     def select_ops(self, axes: Axes, of: LayerSettings) -> int:
         draws = axes.channels if of.score == RANDOM else 0

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fxprop import settings
 from fxprop.errors import OpError, PolicyError
-from fxprop.ops.scores import get_score
+from fxprop.ops.scores import FROM_SUMS, get_score
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Decision, Plan, Sparsity
 from fxprop.plan.sites import Site
@@ -268,7 +268,7 @@ def _fits_region(site: Site, policy: Policy) -> bool:
         and site.axes is not None
         and not site.axes.depthwise
         and SELECTIONS[policy.select].of_channels
-        and policy.score in site.region.kind.scores
+        and policy.score in FROM_SUMS
     )
 
 

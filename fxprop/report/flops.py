@@ -6,11 +6,11 @@ grad_weight; with k of n kept, k/n of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fxprop.ops.scores import count_of
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Chain, Decision, Plan
 from fxprop.report.records import Gradients, Layer
@@ -98,7 +98,7 @@ def _layer(decision: Decision, counted: bool) -> Layer:
 
 def _count_chained(grad_input: int, chain: Chain, batch: int) -> int:
     """Whole for the examples that upstream chooses by, and its kept channels for the others."""
-    whole = math.ceil(chain.score_fraction * batch)
+    whole = count_of(chain.score_fraction, batch)
     rest = grad_input * (batch - whole) // max(1, batch)
     return grad_input - rest + rest * chain.k // chain.n
 

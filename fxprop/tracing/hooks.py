@@ -11,19 +11,12 @@ from typing import Any
 from torch import fx, nn
 
 from fxprop.errors import TraceError
-
-# private, but there is no public way to see hooks, and a call that skips them computes something else
-_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def hooks_of(module: nn.Module) -> list[str]:
-    """The kinds of hooks on `module`: ["forward_hooks"]."""
-    return [kind.strip("_") for kind in _KINDS if getattr(module, kind, None)]
+from fxprop.ops.modules import HOOKS, hooks_of
 
 
 def registries(module: nn.Module) -> dict[str, Mapping[int, Any]]:
     """The dictionaries in which `module` keeps its hooks, by their kind."""
-    return {kind: getattr(module, kind) for kind in _KINDS}
+    return {kind: getattr(module, kind) for kind in HOOKS}
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxprop.ops.catalogue import SITE_MODULES
+from fxprop.ops.modules import hooks_of
 from fxprop.ops.registered import is_registered, registered_classes
-from fxprop.tracing.hooks import hooks_of
 
 # in the metadata of a node that stands for the whole module whose graph it is in
 IS_MODULE = "fxprop_is_module"

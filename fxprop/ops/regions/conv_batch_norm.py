@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Unpack
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,16 @@ from torch import Tensor, nn
 
 from fxprop.errors import OpError
 from fxprop.ops.calling import autocast, check_choices, check_keep, is_dense, sparse
-from fxprop.ops.convolution import IntOrInts, conv1d, conv2d, conv3d, convolution_of
+from fxprop.ops.convolution import CONVOLUTIONS, IntOrInts, convolution_of
 from fxprop.ops.form import Form
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.batch_norm import NormBackward
 from fxprop.ops.kernels.handover import ChainEnd
-from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS, wide
+from fxprop.ops.modules import is_plain
+from fxprop.ops.regions.epilogue import Arrived, Behind, Epilogue, Some, run_region, runs_apart
+from fxprop.ops.scores import wide
 from fxprop.settings import KeepArgs
 
-CONVOLUTIONS = {1: conv1d, 2: conv2d, 3: conv3d}
 # the very classes: a subclass may compute something else, and SyncBatchNorm sums over processes
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # keywords of other operators
@@ -72,12 +73,9 @@ def conv_batch_norm(
     check_choices("conv_batch_norm", keep)
     dims = weight.dim() - 2
     if (
-        input.device.type != "cpu"
-        or torch.compiler.is_compiling()
+        runs_apart(input, keep)
         or not _fits(norm, dims)
         or input.dim() != dims + 2
-        or keep.select != "channel"
-        or keep.score not in FROM_SUMS
         or groups == weight.shape[0]
         or is_dense(keep, weight.shape[0] // groups, None, input, weight)
     ):
@@ -100,11 +98,9 @@ def reads_part(norm_grad: str, score_fraction: float) -> bool:
 
 def _fits(norm: nn.Module, dims: int) -> bool:
     """Whether the backward here is that of `norm`: batch statistics, and nothing else."""
-    if type(norm) is not NORMS[dims - 1]:
+    if not is_plain(norm, (NORMS[dims - 1],)):
         return False
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    uses_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
-    return uses_batch and not any(hooks) and "forward" not in vars(norm)
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def _normalise(output: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +131,8 @@ def _normalise(output: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     return normalised, mean, invstd
 
 
-class _BatchNorm(NamedTuple):
+@dataclass(frozen=True)
+class _BatchNorm(Epilogue):
     """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     norm: Any
@@ -146,35 +143,25 @@ class _BatchNorm(NamedTuple):
         output, mean, invstd = _normalise(features, self.norm)
         return output.relu_() if self.relu else output, features, mean, invstd
 
-    def saved(
-        self, own: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, ...]:
+    def saved(self, own: Some, outputs: tuple[Tensor, ...]) -> Some:
         gamma, _ = own
         output, features, mean, invstd = outputs
-        return gamma, features, mean, invstd, output if self.relu else None
+        # sums are of float32 also where all of the model is of a half type
+        return gamma, features, wide(mean), wide(invstd), output if self.relu else None
 
     def chain(self, keep: Keep) -> ChainEnd | None:
         partial = reads_part(keep.norm_grad, keep.score_fraction)
         return ChainEnd(_choose, keep.score_fraction) if partial else None
 
-    def behind(
-        self,
-        form: Form,
-        keep: Keep,
-        grad_output: Tensor,
-        weight: Tensor,
-        saved: Some,
-        chain: ChainEnd | None,
-        needs: Needs,
-    ) -> Behind:
-        gamma, features, mean, invstd, output = saved
+    def behind(self, form: Form, keep: Keep, of: Arrived) -> Behind:
+        gamma, features, mean, invstd, output = of.saved
         assert features is not None
         assert mean is not None
         assert invstd is not None
-        norm = _norm_of(grad_output, output, features, mean, invstd, gamma, self.eps)
-        handed = None if chain is None else chain.take(grad_output)
+        norm = NormBackward(of.grad_output, output, features, mean, invstd, gamma, self.eps)
+        handed = None if of.chain is None else of.chain.take(of.grad_output)
         # the norm subtracts the mean, and with it whatever a bias adds
-        grad_bias = weight.new_zeros(len(mean)) if needs.bias else None
+        grad_bias = of.weight.new_zeros(len(mean)) if of.needs_bias else None
         kept = grad = None
         if keep.norm_grad == "kept":
             if handed is None:
@@ -183,33 +170,19 @@ class _BatchNorm(NamedTuple):
             else:
                 kept = handed.kept
                 grad, kept_gamma, kept_beta = norm.backward_by_aten(kept, handed.grad)
-            product = torch.zeros_like(norm.mean).index_copy_(0, kept, kept_gamma)
-            total = torch.zeros_like(norm.mean).index_copy_(0, kept, kept_beta)
+            product = torch.zeros_like(mean).index_copy_(0, kept, kept_gamma)
+            total = torch.zeros_like(mean).index_copy_(0, kept, kept_beta)
         else:
             sums = norm.sums()
             product, total = sums.product, sums.grad
-            if needs.input or needs.weight:
+            if any(of.needed):
                 part = norm.part(keep.score_fraction)
                 kept = form.top(part.scores(sums if part is norm else None, keep), int(keep.k))
                 grad = norm.kept_gradient(sums, kept)
         if gamma is not None:
             product, total = product.to(gamma.dtype), total.to(gamma.dtype)
-        own = product if needs.own[0] else None, total if needs.own[1] else None
+        own = product if of.needs_own[0] else None, total if of.needs_own[1] else None
         return Behind(kept, grad, grad_bias, own)
-
-
-def _norm_of(
-    grad_output: Tensor,
-    output: Tensor | None,
-    features: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    gamma: Tensor | None,
-    eps: float,
-) -> NormBackward:
-    """With sums in float32 also where all of the model is of a half type."""
-    gamma = None if gamma is None else wide(gamma)
-    return NormBackward(grad_output, output, features, wide(mean), wide(invstd), gamma, eps)
 
 
 def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -217,6 +190,6 @@ def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
     _, _, gamma, features, mean, invstd, output = ctx.chain.look(ctx)
     first = slice(len(grad_output))
     part = None if output is None else output[first]
-    norm = _norm_of(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
+    norm = NormBackward(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
     kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), int(ctx.keep.k))
     return kept

@@ -12,6 +12,7 @@ and only the kept channels of grad_input are written.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -20,15 +21,14 @@ from torch import Tensor, nn
 from fxprop.errors import OpError
 from fxprop.ops.activations import ACTIVATIONS, BACKWARDS, Activation
 from fxprop.ops.calling import check_choices, check_keep, is_dense, sparse
-from fxprop.ops.convolution import IntOrInts, convolution_of
+from fxprop.ops.convolution import CONVOLUTIONS, IntOrInts, convolution_of
 from fxprop.ops.form import Form
 from fxprop.ops.function import autocast_device
 from fxprop.ops.keep import Keep
-from fxprop.ops.kernels.handover import ChainEnd
 from fxprop.ops.kernels.layout import is_channels_last, take_channels
-from fxprop.ops.regions.conv_batch_norm import CONVOLUTIONS
-from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS, RANDOM, sum_over_processes
+from fxprop.ops.modules import is_plain
+from fxprop.ops.regions.epilogue import Arrived, Behind, Epilogue, Some, run_region, runs_apart
+from fxprop.ops.scores import RANDOM, count_of, sum_over_processes
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -77,14 +77,11 @@ def conv_group_norm(
     check_choices("conv_group_norm", keep)
     dims = weight.dim() - 2
     if (
-        input.device.type != "cpu"
-        or torch.compiler.is_compiling()
+        runs_apart(input, keep)
         or torch.is_autocast_enabled(autocast_device(input))
         or input.dtype not in (torch.float32, torch.float64)
-        or not _fits(norm)
+        or not is_plain(norm, (nn.GroupNorm,))
         or input.dim() != dims + 2
-        or keep.select != "channel"
-        or keep.score not in FROM_SUMS
         or groups == weight.shape[0]
         or is_dense(keep, weight.shape[0] // groups, None, input, weight)
     ):
@@ -97,11 +94,6 @@ def conv_group_norm(
     group_norm: Any = norm
     epilogue = _GroupNorm(group_norm.num_groups, group_norm.eps, activation)
     return run_region(form, epilogue, keep, input, weight, bias, group_norm.weight, group_norm.bias)
-
-
-def _fits(norm: nn.Module) -> bool:
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    return type(norm) is nn.GroupNorm and not any(hooks) and "forward" not in vars(norm)
 
 
 class _Sums(NamedTuple):
@@ -119,7 +111,8 @@ class _Terms(NamedTuple):
     slope: Tensor
 
 
-class _GroupNorm(NamedTuple):
+@dataclass(frozen=True)
+class _GroupNorm(Epilogue):
     """The norm as an epilogue, with gamma and beta as its own tensors; see `regions/epilogue.py`."""
 
     groups: int
@@ -143,37 +136,27 @@ class _GroupNorm(NamedTuple):
         behind_norm = None if self.activation is None else before[0] if before else result
         return own[0], features, mean, invstd, behind_norm
 
-    def chain(self, keep: Keep) -> ChainEnd | None:
-        return None
-
-    def behind(
-        self,
-        form: Form,
-        keep: Keep,
-        grad_output: Tensor,
-        weight: Tensor,
-        saved: Some,
-        chain: ChainEnd | None,
-        needs: Needs,
-    ) -> Behind:
-        gamma, features, mean, invstd, before = saved
+    def behind(self, form: Form, keep: Keep, of: Arrived) -> Behind:
+        gamma, features, mean, invstd, before = of.saved
         assert features is not None
         assert mean is not None
         assert invstd is not None
-        norm = _Backward(grad_output, before, features, mean, invstd, gamma, self)
+        norm = _Backward(of.grad_output, before, features, mean, invstd, gamma, self)
         sums = norm.sums()
         terms = norm.terms(sums)
-        grad_bias = norm.sum_of_gradient(sums, terms) if needs.bias and keep.bias_grad == "full" else None
-        own = (
-            sums.product.sum(0) if needs.own[0] else None,
-            sums.grad.sum(0) if needs.own[1] else None,
+        grad_bias = (
+            norm.sum_of_gradient(sums, terms) if of.needs_bias and keep.bias_grad == "full" else None
         )
-        if not (needs.input or needs.weight or (needs.bias and grad_bias is None)):
+        own = (
+            sums.product.sum(0) if of.needs_own[0] else None,
+            sums.grad.sum(0) if of.needs_own[1] else None,
+        )
+        if not (any(of.needed) or (of.needs_bias and grad_bias is None)):
             return Behind(None, None, grad_bias, own)
         kept = form.top(norm.scores(terms, keep), int(keep.k))
         grad = norm.gradient(terms, slice(None), kept)
-        if needs.bias and grad_bias is None:
-            grad_bias = form.bias(grad, kept, weight, weight.shape[:1])
+        if of.needs_bias and grad_bias is None:
+            grad_bias = form.bias(grad, kept, of.weight, of.weight.shape[:1])
         return Behind(kept, grad, grad_bias, own)
 
 
@@ -245,7 +228,7 @@ class _Backward(NamedTuple):
             scores = torch.rand(channels, device=self.input.device)
         else:
             scores = terms.scale.new_zeros(channels)
-            for i in range(math.ceil(keep.score_fraction * n)):
+            for i in range(count_of(keep.score_fraction, n)):
                 grad = self.gradient(terms, slice(i, i + 1), None)
                 powers = grad.square_() if keep.score == "l2" else grad.abs_()
                 scores += powers.sum((0, *range(2, powers.dim())))

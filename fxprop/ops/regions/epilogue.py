@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,25 @@ from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.handover import ChainEnd
+from fxprop.ops.scores import FROM_SUMS
 
 Some = tuple[Tensor | None, ...]
 
 
-class Needs(NamedTuple):
-    """Which gradients are needed: of input, weight, bias, and of each of the epilogue's own tensors."""
+class Arrived(NamedTuple):
+    """What an epilogue's backward gets."""
 
-    input: bool
-    weight: bool
-    bias: bool
-    own: tuple[bool, ...]
+    grad_output: Tensor
+    # the operator's
+    weight: Tensor
+    # as `Epilogue.saved` has it
+    saved: Some
+    # what `Epilogue.chain` made
+    chain: ChainEnd | None
+    # which gradients are needed: of input and weight, of the bias, of each of the epilogue's own tensors
+    needed: tuple[bool, bool]
+    needs_bias: bool
+    needs_own: tuple[bool, ...]
 
 
 class Behind(NamedTuple):
@@ -35,31 +44,38 @@ class Behind(NamedTuple):
     own: Some
 
 
-class Epilogue(Protocol):
+class Epilogue(ABC):
     """Norm, activation or both. Only channels can be kept behind one."""
 
+    @abstractmethod
     def forward(self, features: Tensor, *own: Tensor | None) -> tuple[Tensor, ...]:
         """The region's output, and what else the backward is made of."""
 
-    def saved(
-        self, own: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, ...]:
+    @abstractmethod
+    def saved(self, own: Some, outputs: tuple[Tensor, ...]) -> Some:
         """What of its own tensors and of `forward`'s outputs the backward needs."""
 
     def chain(self, keep: Keep) -> ChainEnd | None:
         """What the convolution behind is handed, if the backward reads only a part of its gradient."""
+        return None
 
-    def behind(
-        self,
-        form: Form,
-        keep: Keep,
-        grad_output: Tensor,
-        weight: Tensor,
-        saved: Some,
-        chain: ChainEnd | None,
-        needs: Needs,
-    ) -> Behind:
-        """The backward, for the kept channels, from what was saved."""
+    @abstractmethod
+    def behind(self, form: Form, keep: Keep, of: Arrived) -> Behind:
+        """The backward, for the kept channels."""
+
+
+def runs_apart(input: Tensor, keep: Keep) -> bool:
+    """Whether a region's parts are called one after the other for this input.
+
+    On devices other than the CPU, where it was not measured; under torch.compile, which fuses by itself;
+    and where what is kept cannot be told from sums over channels.
+    """
+    return (
+        input.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or keep.select != "channel"
+        or keep.score not in FROM_SUMS
+    )
 
 
 def run_region(
@@ -111,12 +127,13 @@ class _SparseRegion(SparseFunction):
             return nothing
         input, weight, *saved = ctx.chain.saved_of(ctx) if ctx.chain else ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *needs_own = ctx.needs_input_grad[3:]
-        needs = Needs(needs_input, needs_weight, needs_bias, tuple(needs_own))
+        needed = needs_input, needs_weight
+        arrived = Arrived(
+            grad_output, weight, tuple(saved), ctx.chain, needed, needs_bias, tuple(needs_own)
+        )
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            behind = ctx.epilogue.behind(
-                ctx.form, ctx.keep, grad_output, weight, tuple(saved), ctx.chain, needs
-            )
-            of = Operands(input, weight, (), (needs_input, needs_weight))
+            behind = ctx.epilogue.behind(ctx.form, ctx.keep, arrived)
+            of = Operands(input, weight, (), needed)
             pair: Pair = None, None
             if behind.kept is not None and behind.grad is not None:
                 pair = ctx.form.from_kept(behind.grad, behind.kept, of, ctx.keep)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Unpack
+from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -15,11 +16,10 @@ from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.form import Form
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels import one_pass
-from fxprop.ops.kernels.handover import ChainEnd
 from fxprop.ops.kernels.layout import take_features
 from fxprop.ops.linear import Linear, linear
-from fxprop.ops.regions.epilogue import Behind, Needs, Some, run_region
-from fxprop.ops.scores import FROM_SUMS, RANDOM, part_of, sum_over_processes, wide
+from fxprop.ops.regions.epilogue import Arrived, Behind, Epilogue, Some, run_region, runs_apart
+from fxprop.ops.scores import RANDOM, part_of, sum_over_processes, wide
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -60,20 +60,15 @@ def linear_activation(
         raise OpError(
             f"linear_activation: activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
         )
-    if (
-        input.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or keep.select != "channel"
-        or keep.score not in FROM_SUMS
-        or is_dense(keep, weight.shape[0], weight.shape[0], input, weight, bias)
-    ):
+    if runs_apart(input, keep) or is_dense(keep, weight.shape[0], weight.shape[0], input, weight, bias):
         return ACTIVATIONS[activation](linear(input, weight, bias, **keep.arguments(WITHOUT)))
     check_keep("linear_activation", keep, weight)
     tensors = autocast(input, weight, bias, keep.weight_grad)
     return run_region(Linear(), _Activation(activation), keep, *tensors)
 
 
-class _Activation(NamedTuple):
+@dataclass(frozen=True)
+class _Activation(Epilogue):
     """See `fxprop.ops.regions.epilogue.Epilogue`."""
 
     name: Activation
@@ -82,49 +77,35 @@ class _Activation(NamedTuple):
         # ReLU's backward can be told from its output
         return (features.relu_(),) if self.name == "relu" else (ACTIVATIONS[self.name](features), features)
 
-    def saved(
-        self, own: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, ...]:
+    def saved(self, own: Some, outputs: tuple[Tensor, ...]) -> Some:
         return (outputs[-1],)
 
-    def chain(self, keep: Keep) -> ChainEnd | None:
-        return None
-
-    def behind(
-        self,
-        form: Form,
-        keep: Keep,
-        grad_output: Tensor,
-        weight: Tensor,
-        saved: Some,
-        chain: ChainEnd | None,
-        needs: Needs,
-    ) -> Behind:
+    def behind(self, form: Form, keep: Keep, of: Arrived) -> Behind:
         # [rows, out_features]
-        (features,) = saved
+        (features,) = of.saved
         assert features is not None
-        grad, before = (form.arrange(t, weight) for t in (grad_output, features))
+        grad, before = (form.arrange(t, of.weight) for t in (of.grad_output, features))
 
         def sums(grad: Tensor, before: Tensor) -> tuple[Tensor, ...]:
             formula = _sums(self.name, 2 if keep.score == "l2" else 1)
             return one_pass.compute_in_pieces(formula, grad, before, like=grad, entries=_PIECE)
 
         grad_bias = None
-        if needs.bias and keep.bias_grad == "full":
+        if of.needs_bias and keep.bias_grad == "full":
             total, scores = sums(grad, before)
-            grad_bias = total.to(weight.dtype)
-            if not (needs.input or needs.weight):
+            grad_bias = total.to(of.weight.dtype)
+            if not any(of.needed):
                 return Behind(None, None, grad_bias, ())
         if keep.score == RANDOM:
-            scores = torch.rand(weight.shape[0], device=grad.device)
+            scores = torch.rand(of.weight.shape[0], device=grad.device)
         elif grad_bias is None or keep.score_fraction != 1:
             _, scores = sums(part_of(grad, keep.score_fraction), part_of(before, keep.score_fraction))
         if keep.sync_selection:
             scores = sum_over_processes(scores)
         kept = form.top(scores, int(keep.k))
         taken = BACKWARDS[self.name](take_features(grad, kept), take_features(before, kept))  # [rows, k]
-        if needs.bias and grad_bias is None:
-            grad_bias = form.bias(taken, kept, weight, weight.shape[:1])
+        if of.needs_bias and grad_bias is None:
+            grad_bias = form.bias(taken, kept, of.weight, of.weight.shape[:1])
         return Behind(kept, taken, grad_bias, ())
 
 

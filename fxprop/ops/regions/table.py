@@ -14,7 +14,6 @@ from torch import nn
 from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.axes import Axes
 from fxprop.ops.regions import conv_batch_norm, conv_group_norm, linear_activation
-from fxprop.ops.scores import FROM_SUMS
 from fxprop.settings import LayerSettings
 
 
@@ -47,7 +46,6 @@ class RegionKind:
     reads_part: Callable[[LayerSettings], bool] = _never
     # what makes another norm like this one, of the same class
     norm_arguments: Callable[[Any], tuple[Any, ...]] = _no_arguments
-    scores: tuple[str, ...] = FROM_SUMS
 
     @property
     def name(self) -> str:
