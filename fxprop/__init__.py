@@ -11,6 +11,7 @@ The folders in the order in which a model goes through them; each imports only t
     policy/       sites to a plan
     tracing/      a model to graphs
     graph/        graphs to sites, a plan to rewritten graphs
+    compact/      a backward that runs on part of the mini-batch
     report/       a plan to numbers, numbers to text
     pipeline/     the stages in their order: transform, estimate, layers, backend
     inspection/   code before and after, one layer explained
@@ -24,6 +25,7 @@ Where is
     what is chosen, and what that costs    ops/selections.py
     the one backward                       ops/engine.py
     how batch norm's backward is cut       ops/regions/conv_batch_norm.py, with ops/kernels/batch_norm.py
+    which examples enter the backward      compact/choice.py; where the cut lies: compact/cut.py
     which rule decided                     policy/policy.py, `Policy._decide`
     why a layer was left dense             policy/cost_model.py
     what the page shows                    report/forms/page.py, in the words of report/wording.py
@@ -36,7 +38,7 @@ from fxprop.inspection.dump import dump
 from fxprop.inspection.explain import explain
 from fxprop.ops.registered import register_site
 from fxprop.pipeline.backend import backend
-from fxprop.pipeline.put_in_force import set_keep
+from fxprop.pipeline.set_keep import kept_examples, set_keep
 from fxprop.pipeline.transform import Transformed, estimate, layers, restore, transform
 from fxprop.policy.files import load_policy
 from fxprop.policy.policy import Policy, Rule
@@ -62,6 +64,7 @@ __all__ = [
     "dump",
     "estimate",
     "explain",
+    "kept_examples",
     "layers",
     "load_policy",
     "measure",

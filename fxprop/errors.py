@@ -29,6 +29,10 @@ class PolicyError(FxpropError):
     """A policy is malformed, or does not fit the model."""
 
 
+class ExamplesError(FxpropError):
+    """The backward cannot run on some of the examples, or did not although it was asked to."""
+
+
 class OpError(FxpropError, RuntimeError):
     """A sparse operator cannot run: bad arguments, vmap, double backward.
 

@@ -18,6 +18,7 @@ BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
 WeightGrad = Literal["dense", "row_sparse"]
 When = Literal["faster", "always"]
+ExamplesSelect = Literal["importance", "top", "random"]
 
 
 class Layer(Protocol):
@@ -49,6 +50,16 @@ class Settings(LayerSettings):
     round_to: int = 1
     regions: bool = True
     when: When = "faster"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSettings:
+    """What a policy sets for the mini-batch, whatever the layer."""
+
+    examples: float | Literal["auto"] = 1.0
+    examples_select: ExamplesSelect = "importance"
+    examples_least: float = 0.15
+    examples_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +238,41 @@ SETTINGS = (
         None,
     ),
 )
+# of the policy as a whole; no rule has them
+OF_EXAMPLES = (
+    Setting(
+        "examples",
+        1.0,
+        "a number with 0 < examples <= 1, or 'auto'",
+        lambda v: v == "auto" or _is_share(v),
+        "the share of the mini-batch's examples whose gradient enters the backward, chosen where it "
+        'arrives at the model\'s outputs, or at what enters its loss; `"auto"` follows the spread of the '
+        "examples' gradient norms ([below](#whole-examples))",
+    ),
+    _choice(
+        "examples_select",
+        ExamplesSelect,
+        "how they are chosen: drawn by the norm of each one's gradient, and weighted so that the mean "
+        "gradient stays; the largest, not weighted; or any, weighted alike",
+        None,
+    ),
+    Setting(
+        "examples_least",
+        0.15,
+        "a number with 0 < x <= 1",
+        _is_share,
+        'the least share that `"auto"` chooses',
+    ),
+    Setting(
+        "examples_factor",
+        1.0,
+        "a number above 0",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and bool(0 < v < float("inf")),
+        '`"auto"` keeps this over 1 + (deviation / mean of the norms)²',
+    ),
+)
 NAMES = tuple(setting.name for setting in SETTINGS)
+EXAMPLE_NAMES = tuple(setting.name for setting in OF_EXAMPLES)
 OF_LAYERS = tuple(s for s in SETTINGS if s.name in LayerSettings.__dataclass_fields__)
 
 # the words that operators' keywords may be
@@ -236,14 +281,14 @@ CHOICES = {setting.keyword: setting.choices for setting in OF_LAYERS if setting.
 
 def check(name: str, value: Any, where: str) -> None:
     """Raise PolicyError unless the setting `name` may have this value."""
-    setting = SETTINGS[NAMES.index(name)]
+    setting = (*SETTINGS, *OF_EXAMPLES)[(*NAMES, *EXAMPLE_NAMES).index(name)]
     if not setting.check(value):
         raise PolicyError(f"{where}: {name}={value!r}: expected {setting.values}")
 
 
 def check_all(settings: Settings | RuleSettings, where: str) -> None:
     """Raise PolicyError for the first value that `settings` cannot have."""
-    for name in NAMES:
+    for name in (*NAMES, *(EXAMPLE_NAMES if isinstance(settings, ExampleSettings) else ())):
         if getattr(settings, name) is not None:
             check(name, getattr(settings, name), where)
     if settings.keep is not None and settings.k is not None:
@@ -274,7 +319,7 @@ def keywords(settings: LayerSettings) -> Iterator[tuple[str, Any]]:
 def as_markdown() -> str:
     """The table as the README has it."""
     lines = ["| setting | values | meaning |", "|---|---|---|"]
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *OF_EXAMPLES):
         words = setting.choices or ({"true or false": ("false", "true")}.get(setting.values, ()))
         shown = [f'`"{word}"`' if setting.choices else f"`{word}`" for word in words]
         default = f'`"{setting.default}"`' if setting.choices else f"`{str(setting.default).lower()}`"

@@ -23,7 +23,7 @@ from fxprop.timing.layer_times import SiteTimes
 
 FILES = {
     "index.md", "code_before.py", "code_after.py", "code.diff", "report.html", "report.txt", "report.md",
-    "report.json", "report.csv", "policy.toml", "policy_resolved.toml", "environment.txt",
+    "report.json", "report.csv", "policy.toml", "policy_resolved.toml", "environment.txt", "backward.py",
 }  # fmt: skip
 
 

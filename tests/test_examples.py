@@ -69,6 +69,12 @@ def test_mnist(tiny_mnist, select):
     assert f"{0 if select == 'dense' else 3} layers rewritten" in out
 
 
+@pytest.mark.parametrize(("examples", "kept"), [("0.5", "50%"), ("1", "100%")])
+def test_part_of_batch(tiny_mnist, examples, kept):
+    out = run("part_of_batch.py", "--data", tiny_mnist, "--examples", examples, "--epochs", 1)
+    assert re.search(rf"epoch 1: accuracy [\d.]+ %, {kept} of the examples, [\d.]+ s", out)
+
+
 def test_mnist_table(tiny_mnist):
     out = run("benchmarks/mnist_table.py", "--data", tiny_mnist, "--epochs", 1, "--seeds", 1)
     assert len(re.findall(r"^\| (?:dense|element 5 %|channel 5 %|channel 25 %) ", out, re.MULTILINE)) == 4

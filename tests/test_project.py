@@ -22,6 +22,7 @@ LAYERS = [
     ["policy"],
     ["tracing"],
     ["graph"],
+    ["compact"],
     ["report"],
     ["pipeline"],
     ["inspection"],

@@ -206,7 +206,7 @@ def test_schema(report):
     assert data == json.loads(json.dumps(report.to_dict()))
     assert list(data) == [
         "schema", "model", "frontend", "mode", "fxprop", "torch", "flops_per_multiply_add", "layers", "totals", "untraced",
-        "policy",
+        "examples", "policy",
     ]  # fmt: skip
     assert (data["schema"], data["flops_per_multiply_add"]) == (1, 2)
     needed = {
@@ -222,6 +222,7 @@ def test_schema(report):
         "executed",
         "select_ops",
         "other",
+        "other_executed",
         "saving",
     }
     assert [layer["status"] for layer in data["layers"]] == ["rewritten", "skipped", "dense"]

@@ -22,8 +22,9 @@ def fields_of(cls):
 
 def test_policies_and_rules_have_the_settings_of_the_table():
     table = {setting.name: setting.default for setting in settings.SETTINGS}
+    of_all = {setting.name: setting.default for setting in settings.OF_EXAMPLES}
     own = {"rules", "allow_unmatched"}
-    assert {n: d for n, d in fields_of(fxprop.Policy).items() if n not in own} == table
+    assert {n: d for n, d in fields_of(fxprop.Policy).items() if n not in own} == table | of_all
     of_rules = {n: d for n, d in fields_of(fxprop.Rule).items() if n in table}
     assert of_rules == dict.fromkeys(table)
 

@@ -19,7 +19,7 @@ from fxprop.cli.options import (
     command,
     complete_with,
     on_model,
-    policy_of,
+    policies_of,
     positive,
     shows_progress,
 )
@@ -41,6 +41,7 @@ def add_bench(commands: Any) -> None:
         "time training steps, dense and transformed in turn: medians, and ratios with their quartiles",
         """
         fxprop bench resnet50 --keep 0.25 0.1 0.05
+        fxprop bench resnet50 --examples 0.5 0.25 --keep 1 0.25
         fxprop bench resnet50 --preset fast --sites
         fxprop bench mobilenet_v3_large --tune --tune-cache tune.json
         fxprop bench resnet18 vit_b_16 --keep 0.5 0.25 0.1 0.05 --plot speed.svg
@@ -71,7 +72,7 @@ def _bench(args: argparse.Namespace) -> str:
         torch.set_num_threads(args.threads)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
-    policies = [policy_of(args, keep) for keep in args.keep or (None,)]
+    policies = policies_of(args)
     measurements = []
     for name in args.model:
         of_model = argparse.Namespace(**{**vars(args), "model": name})

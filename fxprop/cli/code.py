@@ -20,7 +20,7 @@ from fxprop.cli.options import (
     shows_progress,
 )
 from fxprop.errors import CommandError
-from fxprop.inspection.code import code_diff, generated_code
+from fxprop.inspection.code import backward_code, code_diff, generated_code
 from fxprop.inspection.dump import dump
 from fxprop.inspection.explain import explain
 from fxprop.pipeline.transform import transform
@@ -38,6 +38,7 @@ def add_code(commands: Any) -> None:
         """
         fxprop code resnet18 --keep 0.1
         fxprop code resnet18 --keep 0.1 --diff
+        fxprop code resnet18 --examples 0.5 --backward
         fxprop code resnet18 --keep 0.1 --diff --format html -o diff.html
         """,
         _code,
@@ -45,6 +46,11 @@ def add_code(commands: Any) -> None:
     add_model_options(code)
     add_policy_options(code)
     code.add_argument("--diff", action="store_true", help="only what the rewrite changed, layer by layer")
+    code.add_argument(
+        "--backward",
+        action="store_true",
+        help="the backward that --examples makes: what runs on all, the cut, what runs on the kept",
+    )
     code.add_argument("--format", choices=("text", "html"), default="text", help="html: only with --diff")
 
     layer = command(
@@ -84,7 +90,11 @@ def add_code(commands: Any) -> None:
 def _code(args: argparse.Namespace) -> str:
     if args.format == "html" and not args.diff:
         raise CommandError("--format html shows a diff: add --diff")
+    if args.backward and args.diff:
+        raise CommandError("--backward and --diff given: give one of them")
     gm = by_policy(args, transform).module
+    if args.backward:
+        return backward_code(gm)
     if not args.diff:
         return generated_code(gm)
     diff = code_diff(gm)

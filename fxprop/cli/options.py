@@ -23,7 +23,7 @@ from fxprop.progress import stage
 _DEFAULT_KEEP = 0.05
 _PRESETS: dict[str, Callable[..., Policy]] = {"exact": Policy, "fast": Policy.fast}
 # settings that are options of their own; --keep is one that may be given more than once
-_OPTIONS = tuple(setting for setting in settings.SETTINGS if setting.name not in ("keep", "k"))
+_OPTIONS = (*(s for s in settings.SETTINGS if s.name not in ("keep", "k")), *settings.OF_EXAMPLES)
 
 
 # shell functions that `fxprop completion` defines
@@ -108,11 +108,11 @@ def positive(text: str) -> int:
 
 
 def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """What to keep; with `several`, --keep takes more than one number."""
+    """What to keep; with `several`, --keep and --examples take more than one number."""
     parser.add_argument(
         "--keep",
         nargs="+" if several else None,
-        help=f"share of the gradient to keep, 0 < keep <= 1 (default {_DEFAULT_KEEP})",
+        help=f"share of the gradient to keep, 0 < keep <= 1 (default {_DEFAULT_KEEP}; 1 with --examples)",
     )
     parser.add_argument(
         "--preset",
@@ -123,6 +123,8 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
         takes: dict[str, Any] = {"type": setting.read, "metavar": "VALUE"}
         if isinstance(setting.default, bool):
             takes = {"action": argparse.BooleanOptionalAction}
+        if setting.name == "examples" and several:
+            takes["nargs"] = "+"
         parser.add_argument(
             f"--{setting.name.replace('_', '-')}", default=None, help=_help(setting), **takes
         )
@@ -151,15 +153,23 @@ def shows_progress(args: argparse.Namespace) -> bool:
     return not args.quiet and sys.stderr.isatty()
 
 
-def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
-    """The policy that the options say; `keep` in place of --keep."""
+def policies_of(args: argparse.Namespace) -> list[Policy]:
+    """The policies of options that may be given more than once, each --examples with each --keep."""
+    return [
+        policy_of(argparse.Namespace(**{**vars(args), "keep": keep, "examples": examples}))
+        for examples in args.examples or (None,)
+        for keep in args.keep or (None,)
+    ]
+
+
+def policy_of(args: argparse.Namespace) -> Policy:
+    """The policy that the options say."""
     given: dict[str, Any] = {}
-    keep = args.keep if keep is None else keep
-    if keep is not None:
+    if args.keep is not None:
         try:
-            given["keep"] = float(keep)
+            given["keep"] = float(args.keep)
         except ValueError as error:
-            raise CommandError(f"--keep {keep}: expected a number with 0 < keep <= 1") from error
+            raise CommandError(f"--keep {args.keep}: expected a number with 0 < keep <= 1") from error
         given["k"] = None
     for setting in _OPTIONS:
         if getattr(args, setting.name) is not None:
@@ -171,7 +181,8 @@ def policy_of(args: argparse.Namespace, keep: str | None = None) -> Policy:
     if args.policy is not None:
         policy = load_policy(args.policy)
     else:
-        policy = _PRESETS[args.preset or "exact"](keep=_DEFAULT_KEEP)
+        alone = args.examples is not None and args.preset is None
+        policy = _PRESETS[args.preset or "exact"](keep=1.0 if alone else _DEFAULT_KEEP)
     return replace(policy, **given)
 
 

@@ -21,6 +21,7 @@ from fxprop.cli.options import (
 from fxprop.errors import CommandError
 from fxprop.inspection.code import code_diff
 from fxprop.ops.selections import SELECTIONS
+from fxprop.pipeline.recipe import recipe_of
 from fxprop.pipeline.transform import Transformed, estimate, layers, transform
 from fxprop.plan.sites import Site
 from fxprop.report.by_module import Depth
@@ -99,7 +100,8 @@ def add_report(commands: Any) -> None:
 def _report(args: argparse.Namespace) -> str:
     if args.format == "html":
         made: Transformed = by_policy(args, transform)
-        return made.report.to_html(code_diff(made.module))
+        known = recipe_of(made.module).examined
+        return made.report.to_html(code_diff(made.module), known.backward if known else "")
     report: Report = by_policy(args, estimate)
     depth: Depth = "all" if args.all else args.depth
     if args.format == "text":

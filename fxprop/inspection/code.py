@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
+from fxprop.errors import ExamplesError
 from fxprop.graph.rewrite import made_for
 from fxprop.ops.selections import SELECTIONS
 from fxprop.pipeline.recipe import recipe_of
@@ -115,6 +116,33 @@ class _Section:
     after: tuple[str, ...]
     # how many lines stand before the code, before and after the rewrite
     skipped: tuple[int, int]
+
+
+def backward_code(gm: nn.Module) -> str:
+    """The backward of a module whose policy takes part of the mini-batch: what runs on all, and on these.
+
+    >>> gm, _ = fxprop.transform(model, fxprop.Policy(examples=0.5), (x,))
+    >>> print(backward_code(gm))
+
+    Two functions of aten operators, with the cut between them; comments name the layer, the user's line and
+    the shapes, in which n is the number of examples and k how many are kept. Raises ExamplesError where
+    there is no such backward, with the reason.
+    """
+    recipe = recipe_of(gm)
+    known = recipe.examined
+    if known is None:
+        asked = recipe.in_force.takes_examples
+        raise ExamplesError(
+            "there is no backward to show: "
+            + (
+                "it was not looked at without example_inputs"
+                if asked
+                else "the policy takes all examples; set examples"
+            )
+        )
+    if known.off:
+        raise ExamplesError(f"there is no backward of some of the examples: {known.off}")
+    return known.backward
 
 
 def _sections(gm: nn.Module) -> Iterator[_Section]:

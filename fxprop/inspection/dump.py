@@ -11,8 +11,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from fxprop.errors import ReportError
-from fxprop.inspection.code import code_diff, generated_code, op_counts
+from fxprop.errors import ExamplesError, ReportError
+from fxprop.inspection.code import backward_code, code_diff, generated_code, op_counts
 from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.files import to_toml
@@ -24,6 +24,7 @@ _ABOUT = {
     "code_before.py": "the generated code before the rewrite",
     "code_after.py": "the generated code after it",
     "code.diff": "what changed, one hunk per layer; `patch code_before.py code.diff` gives `code_after.py`",
+    "backward.py": "the backward on part of the mini-batch, in two parts, or why there is none",
     "report.html": "the report as a page for a browser",
     "report.txt": "the report as text, every layer",
     "report.md": "the same as Markdown",
@@ -83,7 +84,8 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         "code_before.py": before + "\n",
         "code_after.py": after + "\n",
         "code.diff": diff,
-        "report.html": report.to_html(diff),
+        "backward.py": _backward(gm),
+        "report.html": report.to_html(diff, recipe.examined.backward if recipe.examined else ""),
         "report.txt": report.to_text(width=160, depth="all"),
         "report.md": report.to_markdown(),
         "report.json": report.to_json(),
@@ -92,6 +94,13 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         "policy_resolved.toml": to_toml(make_decided_policy(recipe)),
         "environment.txt": environment,
     }
+
+
+def _backward(gm: nn.Module) -> str:
+    try:
+        return backward_code(gm)
+    except ExamplesError as reason:
+        return f"# {reason}\n"
 
 
 def _environment() -> str:

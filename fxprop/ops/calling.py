@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 from fxprop.errors import OpError
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.function import autocast_device
 from fxprop.ops.keep import Keep
 from fxprop.ops.scores import get_score
@@ -97,13 +98,13 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     """
     given = [t for t in tensors if t is not None]
     # inference mode may have gradients enabled, and saves nothing all the same (dynamo cannot ask for it)
-    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    inference = not is_compiling() and torch.is_inference_mode_enabled()
     if not (torch.is_grad_enabled() and not inference and any(t.requires_grad for t in given)):
         return False
     if any(t.is_nested or t.layout != torch.strided for t in given):
         return False
     # asked of a size that is free, it would fix it
-    return torch.compiler.is_compiling() or all(t.numel() > 0 for t in given)
+    return is_compiling() or all(t.numel() > 0 for t in given)
 
 
 def autocast(

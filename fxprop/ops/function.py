@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprop.errors import OpError
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.keep import Keep
 
 _USE_INSTEAD = "Use fxprop.restore(gm), or a rule with keep=1.0 for the layers concerned"
@@ -67,7 +68,7 @@ def of_all_rows(rows: Tensor, kept: Tensor, weight: Tensor, keep: Keep) -> Tenso
     With weight_grad="row_sparse" a coalesced sparse tensor with one sparse dimension, as the gradient of
     `torch.nn.functional.embedding(sparse=True)`; dense all the same under torch.compile, which has none.
     """
-    if keep.weight_grad == "dense" or torch.compiler.is_compiling():
+    if keep.weight_grad == "dense" or is_compiling():
         return torch.zeros_like(weight).index_copy_(0, kept, rows)
     ascending, order = kept.sort()
     # by the indices' making they are in range and ascending; torch warns of checks left undecided

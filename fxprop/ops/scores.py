@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from fxprop.errors import OpError, PolicyError
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.keep import Keep
 
 # (grad_output, dims to reduce) -> one score per remaining position; higher is kept
@@ -35,7 +36,7 @@ def _l2(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _norm(grad_output: Tensor, dims: tuple[int, ...], order: Literal[1, 2]) -> Tensor:
     """The norm over `dims`, accumulated in float32 for half types."""
     dtype = torch.float32 if grad_output.dtype in _HALF else grad_output.dtype
-    if grad_output.device.type != "cpu" or torch.compiler.is_compiling():
+    if grad_output.device.type != "cpu" or is_compiling():
         norms: Tensor = torch.linalg.vector_norm(grad_output, order, dims, dtype=dtype)
         return norms
     # vector_norm is 2 to 15 times slower on the CPU than sums of magnitudes that stay in the cache

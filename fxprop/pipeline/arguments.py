@@ -82,6 +82,12 @@ def check_inputs(
     return args, kwargs
 
 
+def count_examples(inputs: Any) -> int | None:
+    """How many examples the inputs have: the first dimension of the first tensor that has one."""
+    shapes = (leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    return next((shape[0] for shape in shapes if len(shape) > 0), None)
+
+
 def check_not_rewritten(model: nn.Module) -> None:
     if any(is_rewritten(module) for module in model.modules()):
         raise ModelError(

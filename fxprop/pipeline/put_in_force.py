@@ -7,40 +7,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from fxprop.compact.choice import Choice
+from fxprop.compact.install import install, uninstall
 from fxprop.errors import ModelError
 from fxprop.graph.rewrite import rewrite_model
 from fxprop.pipeline.arguments import check_needs_no_shapes
-from fxprop.pipeline.recipe import Recipe, attach, is_transformed, recipe_of
-from fxprop.policy.files import PolicyLike, as_policy
+from fxprop.pipeline.recipe import Recipe, attach, is_transformed
 from fxprop.policy.policy import Policy
 from fxprop.report.report import Report
 from fxprop.tracing.module.traced_module import TracedModule
-
-
-def set_keep(gm: nn.Module, keep: PolicyLike) -> Report:
-    """Let the backward pass of a transformed module keep another share from now on.
-
-    >>> gm, report = fxprop.transform(model, 0.05, (x,))
-    >>> fxprop.set_keep(gm, 1.0)                      # dense, as before the transform
-    >>> fxprop.set_keep(gm, 0.2).totals.saving        # sparse again
-
-    Args:
-        gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel.
-        keep: a number replaces the keep ratio of the policy in force wherever that policy is sparse;
-            what its rules leave dense, and output layers, stay dense. A Policy, mapping or file takes
-            that policy's place.
-
-    Returns the report on the new plan. Nothing is traced: the graphs are made anew from those before the
-    rewrite, and those of the last few settings are remembered with their code. Parameters, and whatever an
-    optimizer knows of them, stay as they are. Raises ModelError for another module, PolicyError as
-    `transform` does; then nothing has changed.
-    """
-    inner = unwrap(gm)
-    recipe = recipe_of(inner)
-    if isinstance(keep, int | float) and not isinstance(keep, bool):
-        return put_in_force(inner, recipe, recipe.policy.with_keep(keep))
-    policy = as_policy(keep)
-    return put_in_force(inner, replace(recipe, policy=policy), policy)
 
 
 def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
@@ -50,10 +25,32 @@ def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
     if all(flops is None for flops in recipe.backward_flops.values()):
         check_needs_no_shapes(plans)
     pieces = {path: m for path, m in gm.named_modules() if isinstance(m, TracedModule)}
-    rewrite_model(gm, pieces, plans)
+    choice = uninstall(gm)
+    try:
+        rewrite_model(gm, pieces, plans)
+    except BaseException:
+        if choice is not None:
+            install(gm, choice)
+        raise
     made = replace(recipe, plans=plans, in_force=policy)
     attach(gm, made)
+    take_examples(gm, made, choice)
     return made.report(gm.training)
+
+
+def take_examples(gm: nn.Module, recipe: Recipe, choice: Choice | None = None) -> None:
+    """Let the backward take the examples that the policy in force says; `choice` is what did so before."""
+    policy = recipe.in_force
+    if not policy.takes_examples or (recipe.examined is not None and recipe.examined.off):
+        return
+    install(gm, adapt(choice or Choice(policy.examples), policy))
+
+
+def adapt(choice: Choice, policy: Policy) -> Choice:
+    """`choice`, by the settings of `policy`; what it has learnt stays."""
+    choice.share, choice.select = policy.examples, policy.examples_select
+    choice.least, choice.factor = policy.examples_least, policy.examples_factor
+    return choice
 
 
 def unwrap(gm: nn.Module) -> nn.Module:

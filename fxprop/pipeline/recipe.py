@@ -10,16 +10,30 @@ from typing import Any
 from torch import nn
 
 from fxprop.errors import ModelError
+from fxprop.plan.batch import take_share
 from fxprop.plan.decisions import Decision, Plan, Sparsity, Timing
 from fxprop.plan.sites import Site
 from fxprop.policy.between_layers import form_chains
 from fxprop.policy.files import to_dict
 from fxprop.policy.policy import Policy, Rule
 from fxprop.report.flops import make_report
+from fxprop.report.records import ExamplesKept
 from fxprop.report.report import Report
 
 # the attribute that marks a model that `transform` returned, and holds its Recipe
 _ATTRIBUTE = "_fxprop_recipe"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of taking some of the examples."""
+
+    # why it cannot be done; empty if it can, or is not known for want of example inputs
+    off: str = ""
+    # of the example inputs
+    n: int | None = None
+    # the backward in two parts, as code; empty where there is no cut
+    backward: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class Recipe:
     frontend: str
     note: str
     untraced: Mapping[str, str]
+    # whether the backward can take some of the examples; None if that was not asked
+    examined: Examined | None = None
     # by what was measured: the site's name, and its sparsity
     measured: Mapping[tuple[str, Sparsity], Timing] = field(default_factory=dict)
 
@@ -49,12 +65,13 @@ class Recipe:
     def make_plans(self, policy: Policy) -> dict[bool, Plan]:
         """The plans by another policy."""
         return {
-            mode: self._apply_timings(policy.resolve([decision.site for decision in plan.decisions]))
+            mode: self._apply_timings(policy.resolve([d.site for d in plan.decisions]), policy)
             for mode, plan in self.plans.items()
         }
 
-    def _apply_timings(self, plan: Plan) -> Plan:
-        return Plan(form_chains([self._apply_timing(decision) for decision in plan.decisions]))
+    def _apply_timings(self, plan: Plan, policy: Policy) -> Plan:
+        decisions = tuple(self._apply_timing(decision) for decision in plan.decisions)
+        return Plan(decisions if policy.takes_examples else form_chains(decisions))
 
     def _apply_timing(self, decision: Decision) -> Decision:
         timing = self.timing(decision)
@@ -84,6 +101,7 @@ class Recipe:
             note=self.note,
             untraced=self.untraced,
             policy=to_dict(self.writable_policy),
+            examples=describe_examples(self.in_force, self.examined or Examined()),
         )
 
     @property
@@ -111,6 +129,15 @@ def _writable(policy: Policy, sites: list[Site]) -> Policy:
             bare = {"regex": None, "type": None, "position": None, "where": None}
             rules.append(replace(matching, name=glob.escape(site.name), **bare))
     return replace(policy, rules=tuple[Rule, ...](rules))
+
+
+def describe_examples(policy: Policy, known: Examined) -> ExamplesKept | None:
+    """What a report says of the examples; None where the policy takes all."""
+    if not policy.takes_examples:
+        return None
+    share = policy.examples_least if policy.examples == "auto" else policy.examples
+    k = None if known.n is None else take_share(share, known.n)
+    return ExamplesKept(policy.examples, policy.examples_select, known.n, k, known.off)
 
 
 def attach(gm: nn.Module, recipe: Recipe) -> None:

@@ -6,12 +6,13 @@ model -> (tracing) graphs and shapes -> (graph) sites -> (policy) plan -> (graph
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from fxprop.compact.install import uninstall
 from fxprop.errors import InputError
 from fxprop.graph.find_sites import find_sites, with_positions_of
 from fxprop.graph.rewrite import rewrite_model
@@ -25,6 +26,8 @@ from fxprop.pipeline.arguments import (
     check_needs_no_shapes,
     check_not_rewritten,
 )
+from fxprop.pipeline.examined import examined
+from fxprop.pipeline.put_in_force import take_examples
 from fxprop.pipeline.recipe import Recipe, attach, detach, recipe_of
 from fxprop.plan.decisions import Plan
 from fxprop.plan.sites import Site
@@ -103,7 +106,10 @@ def transform(
     )
     with stage("rewriting"), collecting(False):
         rewritten = stages.rewritten(model)
-    return Transformed(rewritten, stages.recipe.report(stages.traced.training))
+    recipe = stages.examined(rewritten, example_inputs, example_kwargs)
+    attach(rewritten, recipe)
+    take_examples(rewritten, recipe)
+    return Transformed(rewritten, recipe.report(stages.traced.training))
 
 
 def estimate(
@@ -128,7 +134,8 @@ def estimate(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    return stages.recipe.report(stages.traced.training)
+    examined = stages.examined(model, example_inputs, example_kwargs)
+    return examined.report(stages.traced.training)
 
 
 def layers(
@@ -170,6 +177,7 @@ def restore(gm: nn.Module) -> nn.Module:
             module.fx_uninstall()
         elif isinstance(module, TracedModule):
             module.fx_show_version((), copy_graphs(module.fx_graphs_before))
+    uninstall(dense)
     for module in dense.modules():
         if isinstance(module, TracedModule):
             module.fx_arm()
@@ -234,6 +242,21 @@ class _Stages:
 
     def sites(self) -> tuple[Site, ...]:
         return tuple(d.site for d in self.recipe.plans[self.traced.training].decisions)
+
+    def examined(
+        self,
+        module: nn.Module | torch.export.ExportedProgram,
+        example_inputs: ExampleInputs,
+        example_kwargs: Mapping[str, Any] | None,
+    ) -> Recipe:
+        """The recipe, which says whether the backward of `module` can take some of the examples."""
+        args, kwargs = check_inputs(example_inputs, example_kwargs)
+        if not self.recipe.in_force.takes_examples or not (args or kwargs):
+            return self.recipe
+        if isinstance(module, torch.export.ExportedProgram):
+            module = module.module()
+        with stage("looking for the cut between examples"), collecting(False):
+            return replace(self.recipe, examined=examined(module, args, kwargs))
 
     def rewritten(self, model: nn.Module) -> nn.Module:
         root, pieces = self.traced.root, self.traced.pieces

@@ -20,7 +20,7 @@ from fxprop.policy.policy import Policy, Rule, rule_fields
 _RULES_KEY = "rule"
 # `key = value  # comment` in TOML, `"key": value,` in JSON
 _ENTRY = re.compile(r"""[\s{]*"?(\w+)"?\s*[=:]\s*(.*?)\s*[,}]*\s*(?:#.*)?$""")
-_POLICY_KEYS = (*settings.NAMES, "allow_unmatched")
+_POLICY_KEYS = (*settings.NAMES, "allow_unmatched", *settings.EXAMPLE_NAMES)
 
 PolicyLike = Policy | float | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -51,7 +51,8 @@ def as_policy(policy: PolicyLike) -> Policy:
 
 def to_dict(policy: Policy) -> dict[str, Any]:
     """Plain data that `from_dict` reads back: settings, then rules under "rule"."""
-    data = {key: getattr(policy, key) for key in _POLICY_KEYS if getattr(policy, key) is not None}
+    keys = _POLICY_KEYS if policy.takes_examples else _POLICY_KEYS[: -len(settings.OF_EXAMPLES)]
+    data = {key: getattr(policy, key) for key in keys if getattr(policy, key) is not None}
     if policy.rules:
         data[_RULES_KEY] = [_rule_to_dict(rule) for rule in policy.rules]
     return data

@@ -102,7 +102,7 @@ class Rule(settings.RuleSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy(settings.Settings):
+class Policy(settings.Settings, settings.ExampleSettings):
     """How much of each layer's output gradient the backward pass keeps.
 
     >>> fxprop.Policy(keep=0.05)
@@ -130,6 +130,13 @@ class Policy(settings.Settings):
         when: "faster" leaves a layer dense where fxprop's cost model predicts that a sparse backward
             would not be faster ("channel"; needs shapes); "always" rewrites it anyway.
 
+    Settings of the mini-batch:
+        examples: the share of its examples whose gradient enters the backward, or "auto". Everything
+            behind that point, sparse or not, runs on these alone.
+        examples_select: "importance" (drawn by gradient norm, weighted: unbiased), "top" or "random".
+        examples_least, examples_factor: of "auto": share = factor / (1 + CV^2), at least the least, with CV
+            the deviation of the examples' gradient norms over their mean.
+
     For each site, in this order:
         1. what cannot be rewritten is skipped, with the reason;
         2. the first rule whose conditions all hold decides what it sets;
@@ -145,7 +152,7 @@ class Policy(settings.Settings):
 
     def __post_init__(self) -> None:
         _check(self, "policy")
-        for setting in settings.SETTINGS:
+        for setting in (*settings.SETTINGS, *settings.OF_EXAMPLES):
             if setting.default is not None and getattr(self, setting.name) is None:
                 raise PolicyError(
                     f"policy: {setting.name}=None: expected a value; leave it out for the default"
@@ -178,7 +185,13 @@ class Policy(settings.Settings):
 
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
-        return Plan(form_chains(settle_shared_code([self._decide(site) for site in sites])))
+        decisions = settle_shared_code([self._decide(site) for site in sites])
+        return Plan(decisions if self.takes_examples else form_chains(decisions))
+
+    @property
+    def takes_examples(self) -> bool:
+        """Whether the backward may run on some of the examples: then no layer hands channels to another."""
+        return self.examples != 1
 
     def check_all_match(self, sites: Sequence[Site]) -> None:
         """Raise PolicyError for the first rule that matches none of `sites`."""

@@ -13,7 +13,7 @@ from typing import Any
 from fxprop.ops.scores import count_of
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Chain, Decision, Plan
-from fxprop.report.records import Gradients, Layer
+from fxprop.report.records import ExamplesKept, Gradients, Layer
 from fxprop.report.report import Report
 
 
@@ -27,12 +27,16 @@ def make_report(
     note: str = "",
     untraced: Mapping[str, str] | None = None,
     policy: Mapping[str, Any] | None = None,
+    examples: ExamplesKept | None = None,
 ) -> Report:
     """The report on `plan`, for a model whose whole dense backward takes `backward_flops`.
 
-    Where that is None, shapes are unknown and so are the numbers.
+    Where that is None, shapes are unknown and so are the numbers. Of `examples`, what is kept of the
+    mini-batch is a factor on everything but `dense`.
     """
-    layers = tuple(_layer(decision, counted=backward_flops is not None) for decision in plan.decisions)
+    counted = backward_flops is not None
+    kept = (1, 1) if examples is None else examples.factor
+    layers = tuple(_layer(decision, counted).of_part(*kept) for decision in plan.decisions)
     other = None
     if backward_flops is not None:
         # whatever the backward does beyond the listed layers: attention products, skipped layers
@@ -46,6 +50,7 @@ def make_report(
         note=note,
         untraced=tuple((untraced or {}).items()),
         policy=policy,
+        examples=examples,
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fxprop.ops.axes import Shape
 from fxprop.plan.decisions import Status
 from fxprop.report.units import Unit
-from fxprop.settings import Select, WeightGrad
+from fxprop.settings import ExamplesSelect, Select, WeightGrad
 from fxprop.version import __version__
 
 SCHEMA = 1
@@ -29,6 +29,10 @@ class Gradients:
     def total(self) -> int:
         """Both together."""
         return self.grad_input + self.grad_weight
+
+    def of_part(self, k: int, n: int) -> Gradients:
+        """For k of n examples."""
+        return Gradients(self.grad_input * k // n, self.grad_weight * k // n)
 
     def to_dict(self) -> dict[str, int]:
         """As in the report schema."""
@@ -91,6 +95,17 @@ class Layer:
             select_ops=select_ops,
         )
 
+    def of_part(self, k: int, n: int) -> Layer:
+        """This layer where k of n examples enter its backward."""
+        if k == n or self.sparse is None or self.executed is None or self.select_ops is None:
+            return self
+        return replace(
+            self,
+            sparse=self.sparse.of_part(k, n),
+            executed=self.executed.of_part(k, n),
+            select_ops=self.select_ops * k // n,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As in the report schema."""
 
@@ -130,6 +145,28 @@ def _as_list(shape: Shape | None) -> list[int] | None:
 
 
 @dataclass(frozen=True)
+class ExamplesKept:
+    """The part of the mini-batch that enters the backward."""
+
+    # as in the policy: a share, or "auto"
+    share: float | Literal["auto"]
+    select: ExamplesSelect
+    # examples in the example inputs; None without
+    n: int | None
+    # how many of them are kept; of "auto", the fewest
+    k: int | None
+    # why all of them enter all the same; empty if they do not
+    off: str = ""
+
+    @property
+    def factor(self) -> tuple[int, int]:
+        """What all counts of the backward are multiplied by, and divided by; "auto" counts as all."""
+        if self.off or self.share == "auto" or self.k is None or self.n is None:
+            return 1, 1
+        return self.k, self.n
+
+
+@dataclass(frozen=True)
 class Totals:
     """Sums over the layers; None where there were no example inputs."""
 
@@ -140,8 +177,10 @@ class Totals:
     select_ops: int | None
     # backward FLOPs outside the listed sites, and of skipped layers
     other: int | None
-    # 1 - (executed + other) / (dense + other)
+    # 1 - (executed + other_executed) / (dense + other)
     saving: float | None
+    # `other` for the examples that are kept
+    other_executed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +199,8 @@ class ReportData:
     note: str = ""
     # modules that are not in a graph but run as written, and why
     untraced: tuple[tuple[str, str], ...] = ()
+    # what part of the mini-batch enters the backward; None where the policy takes all
+    examples: ExamplesKept | None = None
     # the policy as in a policy file
     policy: Mapping[str, Any] | None = field(default=None, hash=False)
 
@@ -178,11 +219,14 @@ class ReportData:
             for column in ("dense", "sparse", "executed")
         }
         whole = sums["dense"] + self.other
-        saving = 1 - (sums["executed"] + self.other) / whole if whole else 0.0
+        k, n = (1, 1) if self.examples is None else self.examples.factor
+        other_executed = self.other * k // n
+        saving = 1 - (sums["executed"] + other_executed) / whole if whole else 0.0
         return Totals(
             forward=sum(layer.forward or 0 for layer in self.layers),
             select_ops=sum(layer.select_ops or 0 for layer in self.layers),
             other=self.other,
+            other_executed=other_executed,
             saving=saving,
             **sums,
         )
@@ -205,5 +249,6 @@ class ReportData:
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": vars(self.totals),
             "untraced": [{"name": name, "reason": reason} for name, reason in self.untraced],
+            "examples": None if self.examples is None else vars(self.examples),
             "policy": None if self.policy is None else dict(self.policy),
         }

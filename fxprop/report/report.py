@@ -59,14 +59,15 @@ class Report(ReportData):
         """`to_text` as Markdown, with all columns."""
         return text.to_markdown(self, depth)
 
-    def to_html(self, code_diff: str = "") -> str:
+    def to_html(self, code_diff: str = "", backward: str = "") -> str:
         """A page of its own, for a browser: totals, bars, a sortable table, reasons, the policy.
 
         >>> Path("report.html").write_text(report.to_html(fxprop.code_diff(gm)), encoding="utf-8")
 
-        Nothing is loaded from elsewhere; names are escaped. `code_diff` is shown folded.
+        Nothing is loaded from elsewhere; names are escaped. `code_diff`, and
+        `backward` (of a policy with examples), are shown folded.
         """
-        return page.to_page(self, code_diff)
+        return page.to_page(self, code_diff, backward)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

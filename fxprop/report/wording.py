@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fxprop.ops.selections import SELECTIONS
 from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
-from fxprop.report.units import scaled
+from fxprop.report.units import percent, scaled
 
 _EXECUTING = {name for name, selection in SELECTIONS.items() if selection.executes}
 COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
@@ -51,9 +51,37 @@ def notes(report: ReportData) -> list[str]:
             f"Chains: {chained} layers compute their input's gradient only in the channels that the layer "
             "in front of them reads."
         )
+    lines += [describe_examples(report)] if report.examples else []
     left_out = Counter(why for layer in report.layers for why in layer.left_out)
     lines += [f"Ignored at {count} layers: {why}." for why, count in left_out.items()]
     return [*lines, *([report.note] if report.note else [])]
+
+
+def describe_examples(report: ReportData) -> str:
+    """What part of the mini-batch enters the backward."""
+    kept = report.examples
+    assert kept is not None
+    if kept.off:
+        return f"examples={kept.share!r} is off, and all examples enter the backward: {kept.off}."
+    chosen = f"examples_select={kept.select!r}"
+    if kept.share == "auto":
+        least = "" if kept.k is None else f", between {kept.k} of {kept.n} and all"
+        whole = report.totals
+        if kept.k is None or kept.n is None or whole.other is None or whole.executed is None:
+            return f"examples='auto' ({chosen}){least}: how many is decided as training goes on."
+        dense = (whole.dense or 0) + whole.other
+        most = 1 - (whole.executed + whole.other) * kept.k / kept.n / dense if dense else 0.0
+        return (
+            f"examples='auto' ({chosen}){least}: the numbers are for all of them, which is how training "
+            f"begins; with the fewest {percent(most)} would be saved. What part is kept depends on how "
+            "different the examples' gradients are."
+        )
+    if kept.n is None:
+        return f"examples={kept.share!r} ({chosen}): their share of the FLOPs was not counted."
+    return (
+        f"Of the {kept.n} examples {kept.k} enter the backward ({chosen}): a factor on everything that is "
+        "executed, other included; the gradients of all arrive at the outputs, or the loss."
+    )
 
 
 def reasons(report: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -109,5 +137,7 @@ def total_lines(report: ReportData) -> list[tuple[str, list[int]]]:
     if totals.other is None:
         return []
     sums = [getattr(totals, column) for column in COLUMNS]
-    whole = [count + totals.other for count in sums]
-    return [("listed layers", sums), ("other", [totals.other] * 3), ("whole backward", whole)]
+    kept = totals.other if totals.other_executed is None else totals.other_executed
+    other = [totals.other, kept, kept]
+    whole = [count + rest for count, rest in zip(sums, other, strict=True)]
+    return [("listed layers", sums), ("other", other), ("whole backward", whole)]

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from fxprop.errors import InputError
 from fxprop.pipeline.arguments import ExampleInputs
+from fxprop.pipeline.backend import backend
+from fxprop.pipeline.recipe import is_transformed, recipe_of
 from fxprop.pipeline.transform import transform
 from fxprop.policy.files import PolicyLike, as_policy
 from fxprop.policy.policy import Policy
@@ -86,7 +88,7 @@ def measure(
     }
     before = {key: value.clone() for key, value in model.state_dict().items()}
     runners = {
-        name: _Runner(torch.compile(gm) if compile else gm, args, kwargs, amp, device)
+        name: _Runner(_compiled(gm, model) if compile else gm, args, kwargs, amp, device)
         for name, gm in modules.items()
     }
     steps: dict[str, list[Step]] = {name: [] for name in modules}
@@ -119,6 +121,14 @@ def measure(
     return Measurement(type(model).__name__, setting, tuple(variants))
 
 
+def _compiled(gm: nn.Module, model: nn.Module) -> nn.Module:
+    """Through torch.compile: by fxprop's backend where part of the mini-batch is taken."""
+    policy = recipe_of(gm).in_force if is_transformed(gm) else None
+    if policy is None or not policy.takes_examples:
+        return cast(nn.Module, torch.compile(gm))
+    return cast(nn.Module, torch.compile(model, backend=backend(policy, model=model)))
+
+
 def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
     """What tells the policy from others, in a few words."""
     amount = (
@@ -126,7 +136,13 @@ def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
     )
     if policy.keep and policy == Policy.fast(policy.keep):
         return f"{amount}, fast"
+    examples = policy.examples if policy.examples == "auto" else f"{policy.examples:g}"
+    if policy.takes_examples and policy.keep in (None, 1) and policy.k is None and not policy.rules:
+        amount = f"examples {examples}"
+    elif policy.takes_examples:
+        amount = f"examples {examples}, {amount}"
     extra = [
+        *([policy.examples_select] if policy.examples_select != "importance" else []),
         *([policy.select] if policy.select != "channel" else []),
         *([policy.score] if policy.score != "l1" else []),
         *([f"scores from {policy.score_fraction:g}"] if policy.score_fraction != 1 else []),

@@ -55,5 +55,14 @@ def module_in_stack(node: fx.Node) -> tuple[str, type[nn.Module]] | None:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack or not isinstance(stack[-1][1], type):
         return None
-    path = _INDEX.sub(r".\1", _ROOT.sub("", str(stack[-1][0]))).removeprefix(".")
-    return path.replace("_modules.", ""), stack[-1][1]
+    return _path(stack[-1][0]), stack[-1][1]
+
+
+def module_in(stack: Mapping[str, Any] | None) -> str:
+    """The path of the innermost module in a stack that dynamo recorded; "" where there is none."""
+    return _path(list(stack.values())[-1][0]) if stack else ""
+
+
+def _path(expression: object) -> str:
+    path = _INDEX.sub(r".\1", _ROOT.sub("", str(expression))).removeprefix(".")
+    return path.replace("_modules.", "")

@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 
 from fxprop import settings
+from fxprop.compact.choice import Choice
 from fxprop.errors import PolicyError
+from fxprop.pipeline.backend import Backend
 from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import recipe_of
+from fxprop.pipeline.set_keep import chosen_in, set_keep
 from fxprop.policy.policy import Rule
-from fxprop.training.schedules import Schedule
+from fxprop.training.schedules import Constant, Schedule
 
 
 class KeepScheduler:
@@ -25,8 +28,13 @@ class KeepScheduler:
     >>> for x, y in loader:
     ...     loss(gm(x), y).backward(); optimizer.step(); scheduler.step()
 
+    Or the share of the examples, of a transformed module or of a backend:
+
+    >>> scheduler = fxprop.KeepScheduler(gm, examples=schedules.Linear(1.0, 0.25, steps=1000))
+
     Args:
-        gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel.
+        gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel; with
+            `examples` alone also what `fxprop.backend` returned.
         schedule: from `fxprop.schedules`, or any function from a step to a keep ratio. As a number given
             to `fxprop.set_keep`, it applies wherever the policy is sparse; 1.0 is dense.
         rules: schedules of their own for some layers, by a glob on the layer's name: they come before the
@@ -34,6 +42,8 @@ class KeepScheduler:
         levels: how many different keep ratios a schedule may take between its lowest and its highest
             value (equal ratios apart; dense, where a warm-up or interleaving asks for it, comes on top),
             or those ratios themselves, or None for no bound. Under torch.compile each is compiled once.
+        examples: a schedule for the share of the examples; another share needs no new graph. With
+            examples="auto" none is needed: the checkpoint has what it has learnt all the same.
         last_step: the step the schedule is at.
 
     As in torch's schedulers, making one sets the ratio of step `last_step + 1`. Raises PolicyError for
@@ -42,18 +52,26 @@ class KeepScheduler:
 
     def __init__(
         self,
-        gm: nn.Module,
-        schedule: Schedule,
+        gm: nn.Module | Backend,
+        schedule: Schedule | None = None,
         *,
         rules: Mapping[str, Schedule] | None = None,
+        examples: Schedule | None = None,
         levels: int | Sequence[float] | None = 6,
         last_step: int = -1,
     ) -> None:
-        self._gm = unwrap(gm)
-        recipe_of(self._gm)
-        self._schedules: dict[str | None, Schedule] = {None: schedule}
+        self._target = gm
+        self._gm = nn.Module() if isinstance(gm, Backend) else unwrap(gm)
+        if not isinstance(gm, Backend):
+            recipe_of(self._gm)
+        elif schedule is not None or rules:
+            raise PolicyError("a backend has a schedule for examples only: its graphs are made once")
+        if schedule is None and (rules or examples is None):
+            raise PolicyError("no schedule given: give one for the keep ratio, for examples, or both")
+        self._schedules: dict[str | None, Schedule] = {} if schedule is None else {None: schedule}
         self._schedules.update(rules or {})
-        for name, given in self._schedules.items():
+        self._examples = examples
+        for name, given in [*self._schedules.items(), ("examples", examples or Constant(1.0))]:
             if not callable(given):
                 raise PolicyError(
                     f"schedule{'' if name is None else f' of {name!r}'} is {given!r}: expected one of "
@@ -62,6 +80,7 @@ class KeepScheduler:
         self._levels = {name: _levels(given, levels) for name, given in self._schedules.items()}
         self.last_step = last_step
         self._last_keep: list[float] = []
+        self._last_examples: float | None = None
         self.step()
 
     def step(self) -> None:
@@ -72,9 +91,22 @@ class KeepScheduler:
         """The keep ratios in force: the schedule's, then those of `rules` in their order."""
         return list(self._last_keep)
 
+    def get_last_examples(self) -> float | None:
+        """The share of the examples by its schedule; None without one."""
+        return self._last_examples
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the schedules themselves are not in it."""
-        return {"last_step": self.last_step, "last_keep": self.get_last_keep()}
+        choice = self._choice()
+        return {
+            "last_step": self.last_step,
+            "last_keep": self.get_last_keep(),
+            "last_examples": self._last_examples,
+            "examples": None if choice is None else choice.state_dict(),
+        }
+
+    def _choice(self) -> Choice | None:
+        return self._target.choice if isinstance(self._target, Backend) else chosen_in(self._gm)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, with the keep ratios that were in force then.
@@ -89,6 +121,9 @@ class KeepScheduler:
                 f"{ratios}. Make the scheduler with the schedules of the checkpoint."
             )
         self._set(step)
+        choice, learnt = self._choice(), state_dict.get("examples")
+        if choice is not None and learnt is not None:
+            choice.load_state_dict(learnt)
 
     def _keep_at(self, step: int) -> list[float]:
         ratios = []
@@ -100,13 +135,20 @@ class KeepScheduler:
 
     def _set(self, step: int) -> None:
         keep = self._keep_at(step)
-        if keep != self._last_keep:
+        share = None if self._examples is None else self._examples(step)
+        if share is not None and share != self._last_examples:
+            settings.check("examples", share, f"schedule of examples at step {step}")
+            if isinstance(self._target, Backend):
+                self._target.set_examples(share)
+            else:
+                set_keep(self._gm, examples=share)
+        if keep and keep != self._last_keep:
             recipe = recipe_of(self._gm)
             policy = recipe.policy.with_keep(keep[0])
             names = [name for name in self._schedules if name is not None]
             own = [Rule(name=name, keep=value) for name, value in zip(names, keep[1:], strict=True)]
             put_in_force(self._gm, recipe, replace(policy, rules=(*own, *policy.rules)))
-        self.last_step, self._last_keep = step, keep
+        self.last_step, self._last_keep, self._last_examples = step, keep, share
 
 
 def _levels(schedule: Schedule, levels: int | Sequence[float] | None) -> tuple[float, ...] | None:

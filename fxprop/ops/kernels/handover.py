@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprop.errors import OpError
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import take_channels
 from fxprop.ops.scores import part_of
@@ -67,7 +68,7 @@ class ChainEnd:
 
 def upstream_of(input: Tensor, keep: Keep) -> Any | None:
     """The autograd node of the region that `input` comes from; None where nothing can be handed to it."""
-    if not keep.chained or keep.select != "channel" or torch.compiler.is_compiling():
+    if not keep.chained or keep.select != "channel" or is_compiling():
         return None
     node = input.grad_fn
     return node if isinstance(getattr(node, "chain", None), ChainEnd) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxprop.ops.compiling import is_compiling
+
 
 def top_channels(scores: Tensor, groups: int, k: int) -> Tensor:
     """Indices of the k highest scores in each of `groups` equal runs, int64 [k * groups]."""
@@ -31,7 +33,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     traced twice, the second time with contiguous gradients, and the first trace never leaves the autocast
     mode that it entered: whatever follows would be traced without autocast.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
 

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxprop.ops.compiling import is_compiling
+
 _log = logging.getLogger("fxprop")
 
 Result = TypeVar("Result")
@@ -36,7 +38,7 @@ def compiles(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and tensor.numel() >= _WORTH_COMPILING
         and not _broken
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and os.environ.get("FXPROP_FUSE", "1") != "0"
     )
 
@@ -94,7 +96,7 @@ def compute_in_pieces(
     formula: Formula[tuple[Tensor, ...]], *args: Tensor | None, like: Tensor, entries: int
 ) -> tuple[Tensor, ...]:
     """The sums that `formula` makes, as `compute_sums` takes them, from about so many entries at a time."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() <= 2 * entries:
+    if like.device.type != "cpu" or is_compiling() or like.numel() <= 2 * entries:
         return formula(*args)
     rows = max(1, entries * len(like) // like.numel())
     starts = range(0, len(like), rows)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
@@ -72,7 +73,7 @@ def runs_apart(input: Tensor, keep: Keep) -> bool:
     """
     return (
         input.device.type != "cpu"
-        or torch.compiler.is_compiling()
+        or is_compiling()
         or keep.select != "channel"
         or keep.score not in FROM_SUMS
     )

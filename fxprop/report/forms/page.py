@@ -21,9 +21,10 @@ from fxprop.report.units import percent
 from fxprop.version import __version__
 
 
-def to_page(report: ReportData, diff: str) -> str:
-    """A complete page in one file; `diff` is the code diff to show, or empty."""
-    return _render("page.html.j2", report, diff=Markup(as_html(diff)) if diff else "")
+def to_page(report: ReportData, diff: str, backward: str = "") -> str:
+    """A complete page in one file; `diff` and `backward` are code to show, or empty."""
+    shown = Markup(as_html(diff)) if diff else ""
+    return _render("page.html.j2", report, diff=shown, backward=backward)
 
 
 def to_fragment(report: ReportData) -> str:
@@ -165,7 +166,7 @@ class View:
         totals, unit = self.report.totals, self.report.unit
         if totals.dense is None or totals.executed is None or totals.other is None:
             return []
-        dense, executed = totals.dense + totals.other, totals.executed + totals.other
+        dense, executed = totals.dense + totals.other, totals.executed + (totals.other_executed or 0)
         facts = [
             Fact("backward, dense", f"{unit.text(dense)} {unit}"),
             Fact("backward, executed", f"{unit.text(executed)} {unit}"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import types
 import warnings
 from collections.abc import Hashable
 from pathlib import Path
@@ -183,7 +182,6 @@ class TracedModule(fx.GraphModule):
             of_mode[:] = [(function, argument, function(argument)) for function, argument, _ in of_mode]
             if self._fx_changed:
                 self._fx_changed = ""
-                self.__dict__.pop("forward", None)
                 self._fx_show(self._fx_graphs[self.training])
 
     def _fx_run_as_written(self, changed: str) -> None:
@@ -191,7 +189,9 @@ class TracedModule(fx.GraphModule):
         if self._fx_base is nn.Module:
             self._fx_show(self._fx_before[self.training])
         else:
-            self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
+            as_written = sibling(type(self))
+            as_written.forward = self._fx_base.forward
+            self.__class__ = in_place_of(type(self), as_written)  # type: ignore[assignment]
 
     def _fx_show(self, graph: fx.Graph) -> None:
         """Run `graph` from now on.
@@ -244,11 +244,11 @@ class TracedModule(fx.GraphModule):
 
     def fx_after_copy(self) -> None:
         """Called on a copy, which still refers to the original's classes and graphs."""
-        self._fx_versions, self._fx_generated = {}, {}
-        self._fx_assumptions = {}
-        if "forward" in vars(self):
-            self.__dict__["forward"] = types.MethodType(self._fx_base.forward, self)
-        self.recompile()
+        self._fx_versions, self._fx_generated, self._fx_assumptions = {}, {}, {}
+        if self._fx_changed:
+            self._fx_run_as_written(self._fx_changed)
+        else:
+            self.recompile()
         self._fx_pending = "look"
         self._fx_settle()
 
@@ -283,8 +283,8 @@ class TracedModule(fx.GraphModule):
         self._fx_warns_of_hooks = False
         warnings.warn(f"{what}, or put the hooks on before it.", stacklevel=3)
 
-    # the graph of each mode (the same object twice where the mode makes no difference), now and before the
-    # rewrite; and why one mode has no graph, empty if both have
+    # the graphs by mode (one object twice where it makes no difference), now and before a rewrite; and why
+    # one mode has none, empty if both have
     fx_graphs = property(lambda self: self._fx_graphs)
     fx_graphs_before = property(lambda self: self._fx_before)
     fx_untraced = property(lambda self: self._fx_untraced)
@@ -309,10 +309,10 @@ class TracedModule(fx.GraphModule):
                 "that."
             )
         super().train(mode)
-        as_written = self._fx_changed and self._fx_base is nn.Module
-        graph = (self._fx_before if as_written else self._fx_graphs)[mode]
-        if self._graph is not graph:
-            self._fx_show(graph)
+        if not self._fx_changed or self._fx_base is nn.Module:  # code as written knows the mode by itself
+            graph = (self._fx_before if self._fx_changed else self._fx_graphs)[mode]
+            if self._graph is not graph:
+                self._fx_show(graph)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -340,7 +340,7 @@ class TracedModule(fx.GraphModule):
     def _fx_state(self) -> dict[str, Any]:
         if self._fx_assumptions:
             self.fx_arm()  # notices what has changed so far
-        own = {*_GRAPH_MODULE, *_OWN, *({"forward"} if self._fx_changed else ())} - {"meta"}
+        own = {*_GRAPH_MODULE, *_OWN} - {"meta"}
         return {
             "attributes": {key: value for key, value in vars(self).items() if key not in own},
             "slots": dict(slot_values(self)),
