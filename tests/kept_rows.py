@@ -31,7 +31,7 @@ def recorded(choice):
 def choice_of(gm):
     """What chooses for a transformed module."""
     forward = installed(gm)
-    assert forward is not None, "no examples are chosen: " + str(gm._fxprop_recipe.examined)
+    assert forward is not None, f"no examples are chosen: {gm._fxprop_recipe.examined.off}"
     return forward.choice
 
 
@@ -60,15 +60,19 @@ def gradients(model, inputs, grad, seed=0, examples=None, weights=None):
 
 
 def differences(ours, theirs):
-    """The relative difference of each gradient; infinity where one alone is None."""
+    """The relative difference of each gradient; infinity where one alone is None.
+
+    Of one that is small beside the others, relative to them: a bias in front of a norm has only rounding.
+    """
     assert ours.keys() == theirs.keys()
+    least = 0.01 * max(float(other.norm()) for other in theirs.values() if other is not None)
     found = {}
     for name, one in ours.items():
         other = theirs[name]
         if one is None or other is None:
             found[name] = 0.0 if one is other else float("inf")
         else:
-            found[name] = float((one - other).norm() / other.norm().clamp_min(1e-3))
+            found[name] = float((one - other).norm()) / max(float(other.norm()), least)
     return found
 
 

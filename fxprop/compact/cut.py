@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,13 +218,7 @@ class _Cutter:
 
     def _behind(self, frontier: list[fx.Node]) -> list[fx.Node]:
         """What the results need, from the cut on, in order."""
-        needed: set[fx.Node] = set()
-        stack = list(_nodes_in(self._output.args))
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend([] if node in frontier else node.all_input_nodes)
+        needed = _needed(_nodes_in(self._output.args), frontier)
         return [node for node in self._nodes if node in needed and node not in frontier]
 
     def _split(self, frontier: list[fx.Node]) -> Cut:
@@ -275,13 +269,7 @@ class _Cutter:
     ) -> tuple[fx.GraphModule | None, tuple[int, ...]]:
         if not made:
             return None, ()
-        needed: set[fx.Node] = set()
-        stack = list(made)
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
+        needed = _needed(made)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self._nodes:
@@ -289,6 +277,18 @@ class _Cutter:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in made))
         return fx.GraphModule(self._gm, graph), tuple(index[n] for n in self._placeholders if n in needed)
+
+
+def _needed(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that these are computed from, themselves included; none in front of `known`."""
+    needed: set[fx.Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend([] if node in known else node.all_input_nodes)
+    return needed
 
 
 def _nodes_in(value: Any) -> Iterator[fx.Node]:

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprop.compact.captured import batch_symbol, has_several, needs_backward
-from fxprop.compact.compile import examine_graph
+from fxprop.compact.compile import Found, examine_graph
 from fxprop.compact.cut import CannotCut, Cut
 from fxprop.errors import ExamplesError
 from fxprop.pytree import tree_map
-
-
-class _Examined(Exception):
-    """Ends a capture when all is known."""
-
-    def __init__(self, cut: Cut) -> None:
-        self.cut = cut
 
 
 def examine(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cut:
@@ -40,8 +33,8 @@ def examine(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     with torch.enable_grad():
         try:
             call_compiled(torch.compile(own, backend=_stop_at_cut, fullgraph=True), *given[0], **given[1])
-        except _Examined as examined:
-            return examined.cut
+        except Found as found:
+            return found.cut
     raise CannotCut("no gradient is computed: nothing of the model requires one")
 
 
@@ -57,7 +50,7 @@ def _stop_at_cut(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[
         return gm.forward
     if not has_several(gm, example_inputs):
         raise CannotCut("the example inputs have one example, so that there is nothing to choose from")
-    raise _Examined(examine_graph(gm, example_inputs, batch_symbol(gm, example_inputs)))
+    raise Found(examine_graph(gm, example_inputs, batch_symbol(gm, example_inputs)))
 
 
 def call_compiled(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +82,7 @@ def _explained() -> Iterator[None]:
         yield
     except BackendCompilerFailed as error:
         inner: BaseException | None = error.inner_exception
-        if isinstance(inner, _Examined | ExamplesError):
+        if isinstance(inner, Found | ExamplesError):
             raise inner from None
         raise
     except TorchDynamoException as error:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -153,25 +154,39 @@ class Examples:
         size = size_of(value.shape[dim])
         if size == self.symbol:
             return Rows(dim)
-        if name_of(node) in FACTORIES:
-            return self._rows(dim, size_of(1), size)  # all entries alike: any order will do
-        alike = set()
-        for tensor in inputs:
-            found, held = self.found(tensor), tensor.meta.get("val")
-            if isinstance(found, Unknown):
-                raise found
-            if (
-                isinstance(found, Rows)
-                and isinstance(held, Tensor)
-                and size_of(held.shape[found.dim]) == size
-            ):
-                alike.add((found.outer, found.inner))
-        if len(alike) != 1:
+        places = [
+            rows
+            for rows, tensor in self._with_rows(inputs)
+            if size_of(tensor.meta["val"].shape[rows.dim]) == size
+        ]
+        if not places and (name_of(node) in FACTORIES or self._is_spread(node, value, dim)):
+            return replace(self._rows(dim, size_of(1), size), alike=True)
+        if name_of(node) == "aten.repeat" and not places:
+            once = arguments_of(node)["self"].meta["val"]
+            behind = value.dim() - dim
+            inner = size_of(once.shape[-behind]) if behind <= once.dim() else size_of(1)
+            return self._rows(dim, size / self.symbol / inner, size)
+        fixed = [rows for rows in places if not rows.alike] or places
+        if len(orders := {(rows.outer, rows.inner) for rows in fixed}) != 1:
             raise Unknown(
                 f"it has the examples among others in a dimension of size {size}, in no known order"
             )
-        outer, inner = alike.pop()
-        return Rows(dim, outer, inner)
+        ((outer, inner),) = orders
+        return Rows(dim, outer, inner, alike=all(rows.alike for rows in places))
+
+    def _with_rows(self, tensors: Sequence[fx.Node]) -> Iterator[tuple[Rows, fx.Node]]:
+        for tensor in tensors:
+            rows = self.at(tensor)
+            if rows is not None and isinstance(tensor.meta.get("val"), Tensor):
+                yield rows, tensor
+
+    def _is_spread(self, node: fx.Node, value: Tensor, dim: int) -> bool:
+        """Whether a dimension was made by expanding one of size 1, or none."""
+        if name_of(node) != "aten.expand":
+            return False
+        once = arguments_of(node)["self"].meta["val"].shape
+        behind = value.dim() - dim
+        return behind > len(once) or once[-behind] == 1
 
     def _strided(self, node: fx.Node, dim: int) -> Rows:
         """By strides into a tensor whose memory has one example after the other."""
@@ -196,7 +211,8 @@ class Examples:
         outer = self._factor(rows.outer, rows.inner, whole) * ahead
         for dim, size in enumerate(after):
             if self.has(size):
-                return self._rows(dim, (outer / product(after[:dim])).simplify(), size_of(size))
+                found = self._rows(dim, (outer / product(after[:dim])).simplify(), size_of(size))
+                return replace(found, alike=rows.alike)
         raise Unknown("a view of it has no examples")
 
     def _factor(self, outer: int, inner: int, whole: sympy.Expr) -> sympy.Expr:
@@ -204,11 +220,18 @@ class Examples:
 
     def _rows(self, dim: int, outer: sympy.Expr, size: sympy.Expr) -> Rows:
         inner = (size / self.symbol / outer).simplify()
-        number = [int(f) if f.is_Integer else -1 for f in (outer, inner)]
+        numbers = [int(f) if f.is_Integer else -1 for f in (outer, inner)]
         broken = any(f.is_Rational and not f.is_Integer for f in (outer, inner))
-        if broken or number == [-1, -1] or self.symbol in (outer.free_symbols | inner.free_symbols):
+        if broken or numbers == [-1, -1] or self.symbol in (outer.free_symbols | inner.free_symbols):
             raise Unknown(f"a view splits its examples: dimension {dim} is of size {size}")
-        return Rows(dim, *number)
+        return Rows(dim, outer=numbers[0], inner=numbers[1])
+
+
+def agreed(places: Iterable[Rows]) -> set[Rows]:
+    """The places that tensors have the examples in; one whose entries are alike follows the others."""
+    every = set(places)
+    fixed = {rows for rows in every if not rows.alike}
+    return {*fixed, *(r for r in every if r.alike and r.dim not in {f.dim for f in fixed})}
 
 
 def _expression(size: Any) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fxprop.compact.choice import Choice
 from fxprop.compact.compile import Compact
-from fxprop.compact.cut import Cut
 from fxprop.compact.examine import call_compiled
 from fxprop.errors import ExamplesError
 from fxprop.pytree import tree_leaves
@@ -31,7 +30,7 @@ class CompactForward:
         # a forward that was on the instance before
         self.own = own
         self._module = module
-        self._compiled: dict[Any, tuple[Callable[..., Any], Compact]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -57,11 +56,6 @@ class CompactForward:
         code: types.CodeType = getattr(self._plain(), "__code__")  # noqa: B009
         return code
 
-    @property
-    def cuts(self) -> list[Cut]:
-        """Of the backward graphs that were compiled so far."""
-        return [cut for _, compact in self._compiled.values() for cut in compact.cuts]
-
     def _needs_backward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return False
@@ -74,9 +68,8 @@ class CompactForward:
         if key not in self._compiled:
             if len(self._compiled) >= _REMEMBERED:
                 self._compiled.pop(next(iter(self._compiled)))
-            compact = Compact(self.choice)
-            self._compiled[key] = torch.compile(fresh(_call), backend=compact, fullgraph=True), compact
-        return self._compiled[key][0]
+            self._compiled[key] = torch.compile(fresh(_call), backend=Compact(self.choice), fullgraph=True)
+        return self._compiled[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_compiled": {}}

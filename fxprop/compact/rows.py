@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ class Rows:
     dim: int
     outer: int = 1
     inner: int = 1
+    # whether all entries along the dimension are alike: then they lie in any order
+    alike: bool = field(default=False, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -70,38 +74,43 @@ class Rows:
         return norms
 
 
+class Layout(NamedTuple):
+    """The order of a tensor's dimensions in memory, the widest first; and those that are expanded."""
+
+    order: list[int]
+    expanded: list[int]
+
+    @classmethod
+    def of(cls, strides: Sequence[int]) -> Layout:
+        """The layout that these strides make."""
+        order = sorted(range(len(strides)), key=strides.__getitem__, reverse=True)
+        return cls(order, [d for d, stride in enumerate(strides) if stride == 0])
+
+    @property
+    def back(self) -> list[int]:
+        """The permutation that undoes `order`."""
+        return [self.order.index(d) for d in range(len(self.order))]
+
+    def once(self, tensor: Tensor) -> Tensor:
+        """`tensor` without the repetitions, its dimensions in `order`."""
+        for dim in self.expanded:
+            tensor = tensor.narrow(dim, 0, 1)
+        return tensor.permute(self.order)
+
+
 def without_gaps(tensor: Tensor) -> Tensor:
     """`tensor` as `Rows.take` of all examples would give it: its own order of strides, and no gaps."""
-    expanded = _expanded(tensor)
-    once = _once(tensor, expanded)
-    order = _order(once)
-    dense = once.permute(order).contiguous().permute([order.index(d) for d in range(once.dim())])
-    return dense.expand(tensor.shape) if expanded else dense
+    layout = Layout.of(tensor.stride())
+    dense = layout.once(tensor).contiguous().permute(layout.back)
+    return dense.expand(tensor.shape) if layout.expanded else dense
 
 
 def _take(tensor: Tensor, dim: int, examples: Tensor) -> Tensor:
     """`index_select` that keeps the order of strides, and expanded dimensions expanded."""
     if tensor.stride(dim) == 0:
         return tensor.narrow(dim, 0, len(examples))
-    expanded = _expanded(tensor)
-    once = _once(tensor, expanded)
-    order = _order(once)
-    taken = once.permute(order).index_select(order.index(dim), examples)
-    taken = taken.permute([order.index(d) for d in range(once.dim())])
-    if not expanded:
+    layout = Layout.of(tensor.stride())
+    taken = layout.once(tensor).index_select(layout.order.index(dim), examples).permute(layout.back)
+    if not layout.expanded:
         return taken
     return taken.expand([len(examples) if d == dim else size for d, size in enumerate(tensor.shape)])
-
-
-def _expanded(tensor: Tensor) -> list[int]:
-    return [d for d in range(tensor.dim()) if tensor.stride(d) == 0 and tensor.size(d) > 1]
-
-
-def _once(tensor: Tensor, expanded: list[int]) -> Tensor:
-    for dim in expanded:
-        tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-def _order(tensor: Tensor) -> list[int]:
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

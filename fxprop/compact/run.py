@@ -9,63 +9,82 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprop.compact.choice import Choice, Kept
+from fxprop.compact.choice import Choice, Chosen, Kept
 from fxprop.compact.cut import CannotCut, Cut
 from fxprop.compact.rows import without_gaps
 from fxprop.errors import ExamplesError
 
 
-def make_backward(
-    cut: Cut,
-    choice: Choice,
-    loss: Callable[[list[Any]], Any] | None,
-    compact: Callable[[list[Any]], Any],
-    fixed_strides: bool = False,
-) -> Callable[[list[Any]], Any]:
-    """The backward in two parts: `loss` in front of the cut, `compact` for the examples that are kept."""
+class CutBackward:
+    """A backward in two parts: `loss` in front of the cut, `compact` for the examples that are kept.
 
-    def run(args: list[Any]) -> Any:
+    Called with a list of what the whole backward takes, which it empties. `fixed_strides`: compiled code
+    relies on the strides that it was compiled for.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        choice: Choice,
+        loss: Callable[[list[Any]], Any] | None,
+        compact: Callable[[list[Any]], Any],
+        *,
+        fixed_strides: bool = False,
+    ) -> None:
+        self._cut, self._choice, self._loss, self._compact = cut, choice, loss, compact
+        self._fixed_strides = fixed_strides
+        self._boxed_call = True  # AOTAutograd's word for a function of one list
+
+    def __call__(self, args: list[Any]) -> Any:
+        cut, choice = self._cut, self._choice
         choice.served += 1
-        in_front = () if loss is None else loss([args[i] for i in cut.loss_inputs])
+        in_front = () if self._loss is None else self._loss([args[i] for i in cut.loss_inputs])
         fed = [in_front[i.index] if i.from_loss else args[i.index] for i in cut.inputs]
         args.clear()
-        gradients = [(cut.inputs[i].rows, fed[i]) for i in cut.gradients]
         n = count_examples(cut, fed)
         k = choice.count(n)
-        if k < n or choice.share == "auto":
-            norms = torch.stack([rows.norms(g, n) for rows, g in gradients if rows is not None]).sum(0)
-            if choice.share == "auto":
-                choice.note(norms)
         choice.last = Kept(k, n)
-        if fixed_strides:
-            for j, i in enumerate(cut.inputs):
-                if i.from_loss and isinstance(fed[j], Tensor):
-                    fed[j] = fed[j].contiguous()
-                elif i.rows is not None and k == n:
-                    fed[j] = without_gaps(fed[j])
-        if k == n:
-            return compact(fed)
-        examples, weights = choice.choose(norms, k)
-        sizes = {
-            i.formula: fed[j]
-            for j, i in enumerate(cut.inputs)
-            if i.formula is not None and i.formula.is_Symbol
-        }
-        for j, i in enumerate(cut.inputs):
-            if i.rows is not None:
-                fed[j] = i.rows.take(fed[j], examples, n)
-                if j in cut.gradients and weights is not None:
-                    fed[j] = i.rows.weigh(fed[j], weights)
-            elif i.formula is not None and cut.symbol in i.formula.free_symbols:
-                fed[j] = int(i.formula.subs({**sizes, cut.symbol: k}))
-        results = compact(fed)
+        norms = self._norms(fed, n) if k < n or choice.share == "auto" else None
+        if norms is not None and choice.share == "auto":
+            choice.note(norms)
+        if self._fixed_strides:
+            self._fix_strides(fed, k == n)
+        if norms is None or k == n:
+            return self._compact(fed)
+        chosen = choice.choose(norms, k)
+        self._take(fed, chosen, n)
         return [
-            result if rows is None or result is None else rows.put_back(result, examples, n)
-            for result, rows in zip(results, cut.results, strict=True)
+            result if rows is None or result is None else rows.put_back(result, chosen.examples, n)
+            for result, rows in zip(self._compact(fed), cut.results, strict=True)
         ]
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    def _fix_strides(self, fed: list[Any], whole: bool) -> None:
+        for j, given in enumerate(self._cut.inputs):
+            if given.from_loss and isinstance(fed[j], Tensor):
+                fed[j] = fed[j].contiguous()
+            elif given.rows is not None and whole:  # taking some does the same
+                fed[j] = without_gaps(fed[j])
+
+    def _norms(self, fed: Sequence[Any], n: int) -> Tensor:
+        """Of each example's gradient at the cut; those of several tensors are added."""
+        gradients = [(self._cut.inputs[j].rows, fed[j]) for j in self._cut.gradients]
+        return torch.stack([rows.norms(g, n) for rows, g in gradients if rows is not None]).sum(0)
+
+    def _take(self, fed: list[Any], chosen: Chosen, n: int) -> None:
+        """The chosen examples, in place of all; gradients at the cut are weighted."""
+        cut, k = self._cut, len(chosen.examples)
+        sizes = {
+            given.formula: value
+            for given, value in zip(cut.inputs, fed, strict=True)
+            if given.formula is not None and given.formula.is_Symbol
+        }
+        for j, given in enumerate(cut.inputs):
+            if given.rows is not None:
+                fed[j] = given.rows.take(fed[j], chosen.examples, n)
+                if j in cut.gradients and chosen.weights is not None:
+                    fed[j] = given.rows.weigh(fed[j], chosen.weights)
+            elif given.formula is not None and cut.symbol in given.formula.free_symbols:
+                fed[j] = int(given.formula.subs({**sizes, cut.symbol: k}))
 
 
 def count_examples(cut: Cut, fed: Sequence[Any]) -> int:

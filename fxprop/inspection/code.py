@@ -131,15 +131,10 @@ def backward_code(gm: nn.Module) -> str:
     recipe = recipe_of(gm)
     known = recipe.examined
     if known is None:
-        asked = recipe.in_force.takes_examples
-        raise ExamplesError(
-            "there is no backward to show: "
-            + (
-                "it was not looked at without example_inputs"
-                if asked
-                else "the policy takes all examples; set examples"
-            )
-        )
+        why = "the policy takes all examples: set examples"
+        if recipe.in_force.takes_examples:
+            why = "transform had no example_inputs to look at it with"
+        raise ExamplesError(f"there is no backward of some of the examples to show: {why}")
     if known.off:
         raise ExamplesError(f"there is no backward of some of the examples: {known.off}")
     return known.backward

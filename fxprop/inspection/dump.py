@@ -85,7 +85,7 @@ def _texts(gm: nn.Module) -> Mapping[str, str]:
         "code_after.py": after + "\n",
         "code.diff": diff,
         "backward.py": _backward(gm),
-        "report.html": report.to_html(diff, recipe.examined.backward if recipe.examined else ""),
+        "report.html": report.to_html(diff, recipe.backward),
         "report.txt": report.to_text(width=160, depth="all"),
         "report.md": report.to_markdown(),
         "report.json": report.to_json(),

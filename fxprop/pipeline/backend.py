@@ -12,7 +12,7 @@ from fxprop import settings
 from fxprop.compact.captured import batch_symbol, has_several, inputs_of, needs_backward
 from fxprop.compact.choice import Choice
 from fxprop.compact.compile import INNERS, compile_cut
-from fxprop.compact.cut import CannotCut, Cut
+from fxprop.compact.cut import CannotCut
 from fxprop.errors import ExamplesError, InputError, ModelError
 from fxprop.graph.find_sites import find_sites
 from fxprop.graph.rewrite import rewrite_model
@@ -59,8 +59,6 @@ class Backend:
         self._compile = _lookup(inner)
         # which examples enter the backward; None where all do
         self.choice: Choice | None = None
-        # of every graph whose backward takes some
-        self.cuts: list[Cut] = []
         if self._policy.takes_examples:
             if inner not in INNERS:
                 raise ModelError(
@@ -100,9 +98,7 @@ class Backend:
         compiled: Callable[..., Any] | None = None
         if self.choice is not None and symbol is not None:
             try:
-                compiled = compile_cut(
-                    rewritten, example_inputs, symbol, self.choice, str(self._inner), self.cuts
-                )
+                compiled = compile_cut(rewritten, example_inputs, symbol, self.choice, str(self._inner))
             except CannotCut as reason:
                 off = str(reason)
         self.reports.append(

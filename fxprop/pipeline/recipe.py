@@ -13,7 +13,6 @@ from fxprop.errors import ModelError
 from fxprop.plan.batch import take_share
 from fxprop.plan.decisions import Decision, Plan, Sparsity, Timing
 from fxprop.plan.sites import Site
-from fxprop.policy.between_layers import form_chains
 from fxprop.policy.files import to_dict
 from fxprop.policy.policy import Policy, Rule
 from fxprop.report.flops import make_report
@@ -58,6 +57,11 @@ class Recipe:
     measured: Mapping[tuple[str, Sparsity], Timing] = field(default_factory=dict)
 
     @property
+    def backward(self) -> str:
+        """The backward in two parts, as code; empty where there is none."""
+        return "" if self.examined is None else self.examined.backward
+
+    @property
     def sites(self) -> list[Site]:
         """All sites, of all modes."""
         return [decision.site for plan in self.plans.values() for decision in plan.decisions]
@@ -65,13 +69,9 @@ class Recipe:
     def make_plans(self, policy: Policy) -> dict[bool, Plan]:
         """The plans by another policy."""
         return {
-            mode: self._apply_timings(policy.resolve([d.site for d in plan.decisions]), policy)
-            for mode, plan in self.plans.items()
+            mode: policy.with_chains([self._apply_timing(d) for d in policy.resolve(sites).decisions])
+            for mode, sites in ((mode, [d.site for d in p.decisions]) for mode, p in self.plans.items())
         }
-
-    def _apply_timings(self, plan: Plan, policy: Policy) -> Plan:
-        decisions = tuple(self._apply_timing(decision) for decision in plan.decisions)
-        return Plan(decisions if policy.takes_examples else form_chains(decisions))
 
     def _apply_timing(self, decision: Decision) -> Decision:
         timing = self.timing(decision)

@@ -106,7 +106,7 @@ def transform(
     )
     with stage("rewriting"), collecting(False):
         rewritten = stages.rewritten(model)
-    recipe = stages.examined(rewritten, example_inputs, example_kwargs)
+    recipe = stages.examined(rewritten)
     attach(rewritten, recipe)
     take_examples(rewritten, recipe)
     return Transformed(rewritten, recipe.report(stages.traced.training))
@@ -134,8 +134,7 @@ def estimate(
     stages = _Stages.run(
         model, policy, example_inputs, example_kwargs, frontend, leaf_modules, preserve_modules
     )
-    examined = stages.examined(model, example_inputs, example_kwargs)
-    return examined.report(stages.traced.training)
+    return stages.examined(model).report(stages.traced.training)
 
 
 def layers(
@@ -191,6 +190,8 @@ class _Stages:
 
     traced: Traced
     recipe: Recipe
+    # example inputs, positional and by keyword
+    given: tuple[tuple[Any, ...], Mapping[str, Any]] | None
 
     @classmethod
     def run(
@@ -238,25 +239,19 @@ class _Stages:
             note=" ".join(_notes(model, here, runs, plans[here])),
             untraced=traced.untraced,
         )
-        return cls(traced, recipe)
+        return cls(traced, recipe, given)
 
     def sites(self) -> tuple[Site, ...]:
         return tuple(d.site for d in self.recipe.plans[self.traced.training].decisions)
 
-    def examined(
-        self,
-        module: nn.Module | torch.export.ExportedProgram,
-        example_inputs: ExampleInputs,
-        example_kwargs: Mapping[str, Any] | None,
-    ) -> Recipe:
+    def examined(self, module: nn.Module | torch.export.ExportedProgram) -> Recipe:
         """The recipe, which says whether the backward of `module` can take some of the examples."""
-        args, kwargs = check_inputs(example_inputs, example_kwargs)
-        if not self.recipe.in_force.takes_examples or not (args or kwargs):
+        if not self.recipe.in_force.takes_examples or self.given is None:
             return self.recipe
         if isinstance(module, torch.export.ExportedProgram):
             module = module.module()
         with stage("looking for the cut between examples"), collecting(False):
-            return replace(self.recipe, examined=examined(module, args, kwargs))
+            return replace(self.recipe, examined=examined(module, *self.given))
 
     def rewritten(self, model: nn.Module) -> nn.Module:
         root, pieces = self.traced.root, self.traced.pieces

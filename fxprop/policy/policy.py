@@ -162,6 +162,12 @@ class Policy(settings.Settings, settings.ExampleSettings):
             if not isinstance(rule, Rule):
                 raise PolicyError(f"policy: rules contain {rule!r}: expected fxprop.Rule objects")
         object.__setattr__(self, "rules", rules)
+        if self.takes_examples and "row" in (self.select, *(rule.select for rule in rules)):
+            raise PolicyError(
+                f"policy: examples={self.examples!r} and select='row': rows are chosen among those of all "
+                "examples, so that one cannot go without the others; take select='channel', or leave "
+                "examples out"
+            )
         if not isinstance(self.allow_unmatched, bool):
             raise PolicyError(f"policy: allow_unmatched={self.allow_unmatched!r}: expected true or false")
 
@@ -186,11 +192,15 @@ class Policy(settings.Settings, settings.ExampleSettings):
     def resolve(self, sites: Iterable[Site]) -> Plan:
         """One decision per site. Does not check for unmatched rules: see `check_all_match`."""
         decisions = settle_shared_code([self._decide(site) for site in sites])
-        return Plan(decisions if self.takes_examples else form_chains(decisions))
+        return self.with_chains(decisions)
+
+    def with_chains(self, decisions: Sequence[Decision]) -> Plan:
+        """The plan of these decisions; layers hand channels to one another unless examples are taken."""
+        return Plan(tuple(decisions) if self.takes_examples else form_chains(decisions))
 
     @property
     def takes_examples(self) -> bool:
-        """Whether the backward may run on some of the examples: then no layer hands channels to another."""
+        """Whether the backward may run on some of the examples."""
         return self.examples != 1
 
     def check_all_match(self, sites: Sequence[Site]) -> None:
