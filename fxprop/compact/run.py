@@ -127,6 +127,7 @@ def _check(choice: Choice, node: Any, grad_inputs: Any, grads: Any) -> None:
 
 def run_aten(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
     """A graph as a function of one list, which it empties, so that values are freed as they are used."""
+    _write_into_zeros(gm)
 
     def run(args: list[Any]) -> Any:
         given = tuple(args)
@@ -135,6 +136,22 @@ def run_aten(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+_MAKES_ZEROS = (
+    torch.ops.aten.zeros.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_zeros.default,
+)
+
+
+def _write_into_zeros(gm: fx.GraphModule) -> None:
+    """Let what is copied into fresh zeros be written there: a trace made a copy of these first."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.index_copy.default):
+        zeros = node.args[0]
+        if zeros.target in _MAKES_ZEROS and len(zeros.users) == 1:
+            node.target = torch.ops.aten.index_copy_.default
+    gm.recompile()
 
 
 def with_reshapes(gm: fx.GraphModule) -> fx.GraphModule:
