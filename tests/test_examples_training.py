@@ -419,6 +419,7 @@ def compiled_step(gm, **options):
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("compile", [torch.compile, compiled_step])
 def test_a_transformed_module_is_not_compiled_again(net, compile, fullgraph):
+    torch._dynamo.reset()
     _, gm, _ = net
     compiled = compile(gm, backend="eager", fullgraph=fullgraph)
     with pytest.raises(Exception, match="torch.compile of a module that fxprop.transform gave a share"):
