@@ -117,9 +117,19 @@ INDUCTOR = [
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=INDUCTOR) for name in MODELS])
 def test_gradients_by_inductor(name):
-    for _ in range(2):  # the second time there is code in torch's caches
-        torch._dynamo.reset()
-        check(name, "inductor", torch.float32, ["importance"])
+    check(name, "inductor", torch.float32, ["importance"])
+
+
+@pytest.mark.parametrize("examples", [pytest.param(share, marks=INDUCTOR) for share in (1.0, 0.5)])
+def test_torchs_cache_is_not_asked_for_a_backward(examples):
+    # one from there would not have passed through the cut
+    torch._dynamo.utils.counters.clear()
+    model, _ = compiled(Layers(), "inductor", examples=examples)
+    model(inputs().float()).sum().backward()
+    asked = [
+        key for key in torch._dynamo.utils.counters["aot_autograd"] if key.startswith("autograd_cache")
+    ]
+    assert bool(asked) == (examples == 1)
 
 
 def captured(backend, function):
@@ -136,7 +146,10 @@ def test_another_share_or_mini_batch_compiles_nothing():
         model(inputs(n)).sum().backward()
 
     assert captured(backend, step) == 1
-    for share, k in [(0.25, 2), (0.75, 6), (1.0, 8), ("auto", 8), (0.5, 4)]:
+    for share in (1.0, "auto"):
+        backend.set_examples(share)
+        assert captured(backend, step) == 0
+    for share, k in [(0.25, 2), (0.75, 6), (0.5, 4)]:
         backend.set_examples(share)
         assert captured(backend, step) == 0
         assert fxprop.kept_examples(backend) == (k, N)
