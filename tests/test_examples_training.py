@@ -1,5 +1,6 @@
 """Training on part of the mini-batch: autograd's habits, copies, schedules, and what must not be silent."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from kept_rows import SELECTS, assert_same, choice_of, differ, gradients, masked, recorded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxprop
 from fxprop import schedules
@@ -346,8 +348,9 @@ def test_inputs_keep_their_attributes(net):
     torch._dynamo.mark_static(x, 1)
     before = dict(vars(x))
     gm(x).sum().backward()
-    torch_own = {"_dynamo_propagated_dynamic_indices"}  # by AOTAutograd, of whatever has a symbol
-    assert {key: value for key, value in vars(x).items() if key not in torch_own} == before
+    torchs = inputs()  # AOTAutograd marks what has a symbol
+    torch.compile(nn.Linear(5, 3).double(), dynamic=True, backend="aot_eager")(torchs).sum().backward()
+    assert {key: value for key, value in vars(x).items() if key not in vars(torchs)} == before
 
 
 @pytest.mark.parametrize("change", ["input", "output"])
@@ -437,6 +440,22 @@ def test_a_transformed_module_is_not_transformed_again(net):
     _, gm, _ = net
     with pytest.raises(ModelError, match="was already transformed by fxprop"):
         fxprop.transform(gm, 0.5, (inputs(),))
+
+
+def test_a_dispatch_mode_does_not_make_it_dense():
+    _, gm, _ = make()
+    with contextlib.suppress(ExamplesError), FlopCounterMode(display=False):
+        gm(inputs()).sum().backward()
+    gm(inputs()).sum().backward()
+    assert fxprop.kept_examples(gm) == (N // 2, N)
+
+
+def test_more_kinds_of_calls_than_torch_compile_has_versions(net):
+    _, gm, _ = net
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rank in range(4):
+            gm(torch.randn(N, *[2] * rank, 5).double()).sum().backward()
+            assert fxprop.kept_examples(gm) == (N // 2, N)
 
 
 def whole_backward(cut, *_):
