@@ -65,7 +65,7 @@ def differences(ours, theirs):
     Of one that is small beside the others, relative to them: a bias in front of a norm has only rounding.
     """
     assert ours.keys() == theirs.keys()
-    least = 0.01 * max(float(other.norm()) for other in theirs.values() if other is not None)
+    least = 0.01 * max(float(other.norm()) for other in theirs.values() if other is not None) or 1.0
     found = {}
     for name, one in ours.items():
         other = theirs[name]

@@ -249,17 +249,17 @@ def test_several_graphs_have_the_mean_gradient_of_all_examples(select):
 
 def test_auto_of_several_graphs_decides_once_a_step():
     model, backend = compiled(Layers(breaks=True).double(), examples="auto")
-    kept = []
-    count = backend.choice.count
+    decided = []
+    decide = backend.choice.decide
 
     def noted(n):
-        kept.append(count(n))
-        return kept[-1]
+        decided.append(decide(n))
+        return decided[-1]
 
-    backend.choice.count = noted
+    backend.choice.decide = noted
     for _ in range(3):
         model(inputs()).backward(lone_gradient())
-    assert kept == [8, 8, 2, 2, 2, 2]
+    assert decided == [(8, True), (8, False), (2, True), (2, False), (2, True), (2, False)]
 
 
 @pytest.mark.parametrize("select", SELECTS)

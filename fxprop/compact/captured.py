@@ -30,7 +30,7 @@ def parameter_names(example_inputs: Sequence[Any]) -> frozenset[str]:
 def has_several(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether there is more than one example to choose from."""
     inputs = inputs_of(gm, example_inputs)
-    return not inputs or inputs[0][1].shape[0] != 1
+    return not inputs or bool(inputs[0][1].shape[0] > 1)
 
 
 def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[fx.Node, Tensor]]:

@@ -60,6 +60,8 @@ class Choice:
     spread: float | None = None
     # backwards that went through a cut so far
     served: int = 0
+    # the call of backward() that was decided for last, and of how many examples
+    _decided: tuple[int, int] = field(default=(-1, 0), repr=False)
     _arriving: Tensor | None = field(default=None, repr=False)
     _event: Any = field(default=None, repr=False)
 
@@ -90,15 +92,24 @@ class Choice:
             return take_share(max(self.least, round(share * _STEPS) / _STEPS), n)
         return take_share(self.share, n)
 
+    def decide(self, n: int) -> tuple[int, bool]:
+        """How many of n examples a graph's backward takes, and whether it is the first in `backward()`.
+
+        Graphs further on take as many: what arrives there is of the examples that the first one chose.
+        """
+        # private, as torch.utils.checkpoint uses it: which call of backward() is at work
+        task = torch._C._current_graph_task_id()
+        is_first = (task, n) != self._decided
+        if is_first or self.last is None:
+            self._decided, self.last = (task, n), Kept(self.count(n), n)
+        return self.last.k, is_first
+
     def choose(self, norms: Tensor, k: int) -> Chosen:
         """k of the examples that have these gradient norms, [n]."""
         if self.select == "top":
             return Chosen(norms.topk(k).indices.sort().values, None)
-        n = len(norms)
-        if self.select == "random":
-            examples = torch.randperm(n, device=norms.device)[:k].sort().values
-            return Chosen(examples, norms.new_full((k,), n / k))
-        probabilities = inclusion(norms, k)
+        # "random": all alike, but none without a gradient
+        probabilities = inclusion(norms if self.select == "importance" else (norms != 0).double(), k)
         examples = systematic(probabilities, k)
         return Chosen(examples, probabilities[examples].reciprocal())
 

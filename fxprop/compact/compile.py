@@ -7,13 +7,16 @@ names (`torch._dynamo.backends.common.aot_autograd`), and a few names beside it,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxprop.compact.captured import batch_symbol, has_several, needs_backward, parameter_names
 from fxprop.compact.choice import Choice
@@ -21,7 +24,7 @@ from fxprop.compact.cut import CannotCut, Cut, find_cut
 from fxprop.compact.follow import size_of
 from fxprop.compact.forward import Forward, read_forward
 from fxprop.compact.rows import Layout
-from fxprop.compact.run import CutBackward, noticing_dense, run_aten, with_reshapes
+from fxprop.compact.run import CutBackward, noticing_dense, on_all, run_aten, with_reshapes
 
 if TYPE_CHECKING:
     import sympy
@@ -37,8 +40,10 @@ class Compact:
         self._choice = choice
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if not needs_backward(example_inputs) or not has_several(gm, example_inputs):
+        if not needs_backward(example_inputs):
             return gm.forward
+        if not has_several(gm, example_inputs):
+            return on_all(gm.forward, self._choice)
         symbol = batch_symbol(gm, example_inputs)
         return compile_cut(gm, example_inputs, symbol, self._choice, "aot_eager")
 
@@ -95,8 +100,18 @@ def _partition(
     """(forward, backward) as torch divides them, and where the backward is cut."""
     from functorch.compile import default_partition
 
+    save_draws(joint.graph)
     forward, backward = default_partition(joint, inputs, **options)
     return (forward, backward), find_cut(backward, read_forward(forward.graph, symbol, names))
+
+
+def save_draws(graph: fx.Graph) -> None:
+    """Let what is drawn inside of a checkpoint be saved: for fewer examples, other numbers would be."""
+    for node in graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if is_random and "recompute" in node.meta:
+            for drawn in (node, *(user for user in node.users if user.target is operator.getitem)):
+                drawn.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class _Maker:
@@ -120,7 +135,10 @@ class _Maker:
                 return cast(Callable[..., Any], compiled)
             examine_graph(gm, example_inputs, self._symbol)  # before inductor takes operators apart
             # a backward from torch's cache on disk would not pass here, and run on all examples
-            with torch._functorch.config.patch(enable_autograd_cache=False):
+            with (
+                torch._functorch.config.patch(enable_autograd_cache=False),
+                torch._inductor.config.patch(joint_custom_pre_pass=save_draws),
+            ):
                 from torch._inductor.compile_fx import compile_fx
 
                 compiled = compile_fx(gm, list(example_inputs), inner_compile=self._take_for_inductor)
@@ -130,8 +148,16 @@ class _Maker:
         # a backward is compiled when it first runs; what cannot be cut must be known before
         return _partition(joint, inputs, self._symbol, self._parameters, **options)[0]
 
-    def _take_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _read(self, gm: fx.GraphModule) -> None:
         self._forward = read_forward(gm.graph, self._symbol, self._parameters)
+        # private: with donated_buffer off torch leaves None here, which its check of retain_graph takes for
+        # buffers that were donated. tests/test_examples_training.py would notice
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        metadata.bw_donated_idxs = []
+
+    def _take_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._read(gm)
         return run_aten(gm)
 
     def _take_backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -144,7 +170,7 @@ class _Maker:
         from torch._inductor.compile_fx import compile_fx_inner
 
         if not options.get("is_backward"):
-            self._forward = read_forward(gm.graph, self._symbol, self._parameters)
+            self._read(gm)
             return compile_fx_inner(gm, example_inputs, **options)
         assert self._forward is not None
         cut = find_cut(gm, self._forward)

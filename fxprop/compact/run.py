@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprop.compact.choice import Choice, Chosen, Kept
+from fxprop.compact.choice import Choice, Chosen
 from fxprop.compact.cut import CannotCut, Cut
 from fxprop.compact.rows import without_gaps
 from fxprop.errors import ExamplesError
@@ -42,10 +42,10 @@ class CutBackward:
         fed = [in_front[i.index] if i.from_loss else args[i.index] for i in cut.inputs]
         args.clear()
         n = count_examples(cut, fed)
-        k = choice.count(n)
-        choice.last = Kept(k, n)
-        norms = self._norms(fed, n) if k < n or choice.share == "auto" else None
-        if norms is not None and choice.share == "auto":
+        k, is_first = choice.decide(n)
+        learns = is_first and choice.share == "auto"
+        norms = self._norms(fed, n) if k < n or learns else None
+        if norms is not None and learns:
             choice.note(norms)
         if self._fixed_strides:
             self._fix_strides(fed, k == n)
@@ -103,14 +103,31 @@ def noticing_dense(compiled: Callable[..., Any], choice: Choice) -> Callable[...
     def run(*args: Any) -> Any:
         results = compiled(*args)
         for result in results if isinstance(results, list | tuple) else (results,):
-            node = result.grad_fn if isinstance(result, Tensor) else None
-            if node is not None and "Compiled" in node.name():
+            node = _compiled_node(result.grad_fn) if isinstance(result, Tensor) else None
+            if node is not None:
                 node.register_prehook(functools.partial(_remember, choice, node))
                 node.register_hook(functools.partial(_check, choice, node))
                 break
         return results
 
     return run
+
+
+def _compiled_node(node: Any) -> Any:
+    """AOTAutograd's node of a backward: a result's own, or behind the views that the result was made by."""
+    while node is not None and "Compiled" not in node.name():
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node
+
+
+def on_all(run: Callable[..., Any], choice: Choice) -> Callable[..., Any]:
+    """`run`, for mini-batches of which no part can be chosen."""
+
+    def run_whole(*args: Any) -> Any:
+        choice.last = None
+        return run(*args)
+
+    return run_whole
 
 
 def _remember(choice: Choice, node: Any, grads: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprop.compact.install import installed
 from fxprop.errors import InputError, ModelError, PolicyError, TraceError
 from fxprop.graph.rewrite import is_rewritten
 from fxprop.plan.decisions import Plan
@@ -89,7 +90,7 @@ def count_examples(inputs: Any) -> int | None:
 
 
 def check_not_rewritten(model: nn.Module) -> None:
-    if any(is_rewritten(module) for module in model.modules()):
+    if any(is_rewritten(module) or installed(module) for module in model.modules()):
         raise ModelError(
             f"{type(model).__name__} was already transformed by fxprop: call fxprop.restore on it first, "
             "then transform the result"

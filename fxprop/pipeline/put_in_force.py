@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from fxprop.compact.choice import Choice
-from fxprop.compact.install import install, uninstall
+from fxprop.compact.install import CompactForward, install, reinstall, uninstall
 from fxprop.errors import ModelError
 from fxprop.graph.rewrite import rewrite_model
 from fxprop.pipeline.arguments import check_needs_no_shapes
@@ -25,25 +25,35 @@ def put_in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Report:
     if all(flops is None for flops in recipe.backward_flops.values()):
         check_needs_no_shapes(plans)
     pieces = {path: m for path, m in gm.named_modules() if isinstance(m, TracedModule)}
-    choice = uninstall(gm)
+    forward = uninstall(gm)
     try:
         rewrite_model(gm, pieces, plans)
     except BaseException:
-        if choice is not None:
-            install(gm, choice)
+        if forward is not None:
+            reinstall(gm, forward)
         raise
     made = replace(recipe, plans=plans, in_force=policy)
     attach(gm, made)
-    take_examples(gm, made, choice)
+    take_examples(gm, made, forward)
     return made.report(gm.training)
 
 
-def take_examples(gm: nn.Module, recipe: Recipe, choice: Choice | None = None) -> None:
-    """Let the backward take the examples that the policy in force says; `choice` is what did so before."""
+def take_examples(gm: nn.Module, recipe: Recipe, before: CompactForward | None = None) -> None:
+    """Let the backward take the examples that the policy in force says.
+
+    `before` is what did so until now: what it has learnt and captured stays.
+    """
     policy = recipe.in_force
-    if not policy.takes_examples or (recipe.examined is not None and recipe.examined.off):
-        return
-    install(gm, adapt(choice or Choice(policy.examples), policy))
+    off = recipe.examined is not None and bool(recipe.examined.off)
+    if before is not None:
+        reinstall(gm, before)
+    elif policy.takes_examples and not off:
+        before = install(gm, Choice(policy.examples))
+    if before is not None:
+        adapt(before.choice, policy)
+        before.version = tuple(
+            (d.site.name, d.sparsity) for plan in recipe.plans.values() for d in plan.rewritten
+        )
 
 
 def adapt(choice: Choice, policy: Policy) -> Choice:

@@ -65,7 +65,7 @@ def set_keep(
 def _set_examples(gm: nn.Module, recipe: Recipe, share: float | Literal["auto"]) -> Report:
     base, policy = (replace(p, examples=share) for p in (recipe.policy, recipe.in_force))
     choice = chosen_in(gm)
-    if choice is None:
+    if choice is None or not recipe.in_force.takes_examples:
         return put_in_force(gm, replace(recipe, policy=base), policy)  # without chains of layers
     choice.share = share
     made = replace(recipe, policy=base, in_force=policy)
@@ -74,7 +74,7 @@ def _set_examples(gm: nn.Module, recipe: Recipe, share: float | Literal["auto"])
 
 
 def kept_examples(target: nn.Module | Backend) -> Kept | None:
-    """How many examples entered the last backward, and of how many; None before the first, or if all did.
+    """How many examples entered the last backward, and of how many; None if no part was chosen.
 
     >>> gm, _ = fxprop.transform(model, fxprop.Policy(examples=0.5), (x,))
     >>> gm(x).sum().backward()

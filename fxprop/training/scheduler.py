@@ -120,6 +120,12 @@ class KeepScheduler:
                 f"the checkpoint has keep ratios {keep} at step {step}; the schedules given here have "
                 f"{ratios}. Make the scheduler with the schedules of the checkpoint."
             )
+        share, then = self._examples and self._examples(step), state_dict.get("last_examples")
+        if share != then:
+            raise PolicyError(
+                f"the checkpoint has examples={then!r} at step {step}; the schedule given here has "
+                f"{share!r}. Make the scheduler with the schedule of the checkpoint."
+            )
         self._set(step)
         choice, learnt = self._choice(), state_dict.get("examples")
         if choice is not None and learnt is not None:

@@ -97,13 +97,14 @@ class _Values:
     def of_module(self, name: str, module: nn.Module, called: set[str]) -> None:
         attributes = vars(module)
         # one of its own would be called in place of the class's; added to a list, a child would be called
+        beside = {*attributes, "forward"}
         if name:
             self.triples.append((attributes.get, "forward", attributes.get("forward")))
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             self.triples.append((len, attributes["_modules"], len(attributes["_modules"])))
         for cls in type(module).__mro__ if _has_users_code(module) else ():
             if is_users(cls):
-                for key in self._names & vars(cls).keys() - attributes.keys():
+                for key in (self._names & vars(cls).keys()) - beside:
                     self.triples.append((attributes.get, key, None))
         for key in _read_of(module, self._names):
             self.add(attributes.get, key, attributes[key])
