@@ -64,11 +64,25 @@ def batch_symbol(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> sympy.Sym
         before = getattr(tensor, _MARK)
         vars(tensor).clear()
         vars(tensor).update(before)
-    if len(counts) < len(batch) or not all(size == counts[0] for size in counts):  # each becomes a guard
-        raise CannotCut(f"its code fixes the number of examples at {int(count)}")
-    symbol = counts[0].node.expr
-    assert symbol.is_Symbol
-    return cast("sympy.Symbol", symbol)
+    same = len(counts) == len(batch) and all(size == counts[0] for size in counts)  # each becomes a guard
+    if not same or not counts[0].node.expr.is_Symbol:
+        line = next(filter(None, map(_fixing_line, counts)), None)
+        raise CannotCut(
+            f"its code fixes the number of examples at {int(count)}{f': {line}' if line else ''}"
+        )
+    return cast("sympy.Symbol", counts[0].node.expr)
+
+
+def _fixing_line(size: torch.SymInt) -> str | None:
+    """The line that made a guard of this size's symbol."""
+    import sympy
+
+    # private, and for the message alone
+    for guard in getattr(size.node.shape_env, "guards", ()):
+        where = getattr(guard.sloc, "maybe_user_loc", None)
+        if isinstance(guard.expr, sympy.Eq) and where:
+            return str(where).partition("  # ")[0].partition(";  ")[0]
+    return None
 
 
 # on inputs between the two traces: what their attributes were

@@ -6,7 +6,6 @@ cut is at the gradients of what enters the loss: the last ones in front of the f
 
 from __future__ import annotations
 
-import linecache
 import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from fxprop.compact.apart import is_batch_norm, joins_examples, reduces_by_rank
-from fxprop.compact.follow import FACTORIES, Examples, Unknown, name_of, size_of
+from fxprop.compact.follow import FACTORIES, Examples, Unknown, describe, name_of, size_of
 from fxprop.compact.forward import Forward, find_alone, is_of
 from fxprop.compact.rows import Rows
 from fxprop.errors import ExamplesError
-from fxprop.tracing.source_lines import source_line
 
 if TYPE_CHECKING:
     import sympy
@@ -117,8 +115,10 @@ class _Cutter:
             raise CannotCut("the backward graph has no gradient of an output")
         frontier = self._frontier()
         if not any(isinstance(self._examples.found(node), Rows) for node in frontier):
+            ended = self._forward.ended
             raise CannotCut(
                 "no gradient at the model's outputs or its loss has a dimension for the examples"
+                + (f", which end at {describe(ended)}" if ended is not None else "")
             )
         self._check(frontier)
         return self._split(frontier)
@@ -183,12 +183,12 @@ class _Cutter:
             except Unknown as unknown:
                 mark, reason = None, unknown.reason
             if reason is not None:
-                raise CannotCut(f"{reason}: {name_of(node)}{_at_line(node)}")
+                raise CannotCut(f"{reason}: {describe(node)}")
             if mark is not None:
                 marks[node] = mark
         for node in _nodes_in(self._output.args):
             if marks.get(node) == "rank":
-                raise CannotCut(f"it is no sum over the examples: {name_of(node)}{_at_line(node)}")
+                raise CannotCut(f"it is no sum over the examples: {describe(node)}")
 
     def _mark(self, node: fx.Node, marks: Mapping[fx.Node, str]) -> tuple[str | None, str | None]:
         """What of the gradients at the cut a node has, and why that joins examples.
@@ -237,7 +237,7 @@ class _Cutter:
             formula = value.node.expr if isinstance(value, torch.SymInt) else None
             found = self._examples.found(node)
             if isinstance(found, Unknown):
-                raise CannotCut(f"{found.reason}: {node.name}{_at_line(node)}")
+                raise CannotCut(f"{found.reason}: {describe(node)}")
             position = made.index(node) if node in made else index[node]
             inputs.append(Input(position, node in made, found, formula))
         for node in behind:
@@ -306,12 +306,3 @@ def _is_integer(node: fx.Node) -> bool:
 
 def _reads_values(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor) and name_of(node) not in FACTORIES
-
-
-def _at_line(node: fx.Node) -> str:
-    where = source_line(node.meta.get("stack_trace"))
-    if where is None:
-        return ""
-    file, _, number = where.rpartition(":")
-    code = linecache.getline(file, int(number)).strip()
-    return f" of {where}: {code}" if code else f" of {where}"

@@ -6,6 +6,7 @@ a view has flattened them with something else (tokens, windows, patches), the vi
 
 from __future__ import annotations
 
+import linecache
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprop.compact.rows import Rows
+from fxprop.tracing.source_lines import source_line
 
 if TYPE_CHECKING:
     import sympy
@@ -53,6 +55,17 @@ def name_of(node: fx.Node) -> str:
     """The operator that a node calls, without its overload: "aten.mm"."""
     packet = getattr(node.target, "overloadpacket", None)
     return str(packet if packet is not None else node.target)
+
+
+def describe(node: fx.Node) -> str:
+    """A node's operator, with the user's line that it belongs to."""
+    name = name_of(node) if node.op == "call_function" else node.name
+    where = source_line(node.meta.get("stack_trace"))
+    if where is None:
+        return name
+    file, _, number = where.rpartition(":")
+    code = linecache.getline(file, int(number)).strip()
+    return f"{name} of {where}: {code}" if code else f"{name} of {where}"
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

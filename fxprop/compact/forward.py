@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxprop.compact.follow import Examples, Unknown, size_of, tensors_in
 from fxprop.compact.rows import Rows
@@ -25,12 +25,15 @@ class Forward:
     # the places in its outputs, in order
     outputs: tuple[Any, ...]
     symbol: sympy.Symbol
+    # the first node that makes something without examples of something with them
+    ended: fx.Node | None
 
 
 def read_forward(graph: fx.Graph, symbol: sympy.Symbol, names: Container[str]) -> Forward:
     """Where the examples lie in the values of a forward graph; `names` are the parameters'."""
     examples = Examples(symbol)
     parameters: set[fx.Node] = set()
+    ended: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.name in names:
@@ -40,13 +43,22 @@ def read_forward(graph: fx.Graph, symbol: sympy.Symbol, names: Container[str]) -
             examples.follow(node)
             if is_of(parameters, node):
                 parameters.add(node)
+            if ended is None and _ends(examples, node):
+                ended = node
     (output,) = (node for node in graph.nodes if node.op == "output")
     return Forward(
         {node.name: examples.found(node) for node in graph.nodes},
         frozenset(node.name for node in parameters),
         tuple((examples.found(n), n.meta.get("val")) for n in output.args[0] if isinstance(n, fx.Node)),
         symbol,
+        ended,
     )
+
+
+def _ends(examples: Examples, node: fx.Node) -> bool:
+    if not isinstance(node.meta.get("val"), Tensor) or examples.found(node) is not None:
+        return False
+    return any(isinstance(examples.found(tensor), Rows) for tensor in tensors_in(node.args))
 
 
 def is_of(nodes: Set[fx.Node], node: fx.Node) -> bool:
