@@ -118,12 +118,20 @@ class Examples:
         )
 
     def at(self, node: fx.Node) -> Rows | None:
-        """Where the examples lie in a node's tensor; None if it has none. Raises Unknown."""
+        """Where the examples lie in a node's tensor, or in all of several; None if it has none.
+
+        Raises Unknown.
+        """
         found = self.found(node)
-        if isinstance(found, Unknown):
-            raise found
-        assert found is None or isinstance(found, Rows)
-        return found
+        places = set()
+        for one in found if isinstance(found, list) else [found]:
+            if isinstance(one, Unknown):
+                raise one
+            places.add(one)
+        places = agreed(places - {None})
+        if len(places) > 1:
+            raise Unknown("its results have the examples in different places")
+        return places.pop() if places else None
 
     def found(self, node: fx.Node) -> Any:
         """As `at`, with Unknown as a value, and a list for several tensors."""
