@@ -128,6 +128,20 @@ def ddp_sparse(**options):
     assert not equal(expected, joined(0.25)[1]), "the two could not be told apart"
 
 
+def ddp_examples():
+    """examples < 1: every rank keeps of its own examples."""
+    policy = fxprop.Policy(examples=0.5, examples_select="top")
+    expected = each_by_its_own(policy)
+    ddp = DistributedDataParallel(make(policy))
+    x, y = data()
+    for share in (0.5, 0.75, 0.5):
+        ddp.zero_grad()
+        fxprop.set_keep(ddp, examples=share)
+        step(ddp, mine(x), mine(y))
+        assert fxprop.kept_examples(ddp) == (BATCH * share, BATCH)
+        assert equal(gradients(ddp), expected) == (share == 0.5)
+
+
 def ddp_sync_selection(score):
     """sync_selection: the channels, and so the gradients, are those of the joined batch."""
     policy = fxprop.Policy(keep=0.25, score=score, sync_selection=True)
@@ -286,6 +300,7 @@ CASES = {
     "ddp_sparse": ddp_sparse,
     "ddp_sparse_bucket_view": functools.partial(ddp_sparse, gradient_as_bucket_view=True),
     "ddp_sparse_static_graph": functools.partial(ddp_sparse, static_graph=True),
+    "ddp_examples": ddp_examples,
     "ddp_sync_selection_l1": functools.partial(ddp_sync_selection, "l1"),
     "ddp_sync_selection_l2": functools.partial(ddp_sync_selection, "l2"),
     "ddp_compiled": ddp_compiled,

@@ -52,7 +52,7 @@ def batch_symbol(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> sympy.Sym
     batch = [(n, t) for n, t in inputs if t.shape[0] == count]
     counts = [s for n, _ in batch if isinstance(s := _shape_of(n)[0], torch.SymInt)]
     marked = [t for _, t in batch if hasattr(t, _MARK)]
-    if not counts and not marked:
+    if len(counts) < len(batch) and not marked:
         for _, tensor in batch:
             before = {key: copy.copy(value) for key, value in vars(tensor).items()}
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

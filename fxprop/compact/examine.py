@@ -23,6 +23,9 @@ def examine(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
     Nothing runs: torch.compile and AOTAutograd trace with fake tensors, and are stopped there.
     """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            raise CannotCut(f"SyncBatchNorm {name!r} joins the examples of several processes")
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     given = tree_map(lambda leaf: _like(leaf, device), (args, dict(kwargs)))
 
