@@ -58,7 +58,7 @@ def batch_symbol(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> sympy.Sym
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
             setattr(tensor, _MARK, before)
         # private: the one request of a backend to be given the graph again that dynamo grants; there is no
-        # public way to ask for a symbol from inside a backend. tests/test_examples_setting.py would notice
+        # public way to ask for a symbol from inside a backend. tests/test_examples_training.py would notice
         raise torch._dynamo.exc.TensorifyScalarRestartAnalysis("fxprop needs a symbol for the batch size")
     for tensor in marked:
         before = getattr(tensor, _MARK)
