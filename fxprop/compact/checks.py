@@ -203,7 +203,8 @@ _BY_CHECK: tuple[tuple[Check, str], ...] = (
         "native_dropout_backward threshold_backward gelu_backward copy masked_fill where "
         "_prelu_kernel_backward elu_backward hardsigmoid_backward hardswish_backward hardtanh_backward "
         "leaky_relu_backward log_sigmoid_backward logit_backward mish_backward rrelu_with_noise_backward "
-        "sigmoid_backward silu_backward softplus_backward tanh_backward _prelu_kernel hardswish mish",
+        "sigmoid_backward silu_backward softplus_backward tanh_backward _prelu_kernel hardswish mish "
+        "leaky_relu elu hardtanh softplus silu gelu relu6 selu celu logsigmoid",
     ),
     (_sums, "sum sum_to_size " + " ".join(RANKING)),
     (
