@@ -9,6 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 from mnist_cnn import load, make_cnn
+from torch import nn
 from tqdm import tqdm
 
 import fxprop
@@ -25,14 +26,20 @@ def main(argv=None):
     parser.add_argument(
         "--examples", type=share, default="auto", help="a share, 1 for all, or auto (default)"
     )
+    parser.add_argument(
+        "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="batch norms in the model"
+    )
     for name, default in {"data": "data", "epochs": 3, "batch": 64, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     batches = torch.utils.data.DataLoader(load(args.data, True), args.batch, shuffle=True)
     images, labels = load(args.data, False).tensors
+    cnn = make_cnn("pool")
+    if not args.batch_norm:
+        cnn = nn.Sequential(*(layer for layer in cnn if not isinstance(layer, nn.BatchNorm2d)))
     policy = fxprop.Policy(examples=args.examples)
-    model, report = fxprop.transform(make_cnn("pool"), policy, (torch.empty(args.batch, 1, 28, 28),))
+    model, report = fxprop.transform(cnn, policy, (torch.empty(args.batch, 1, 28, 28),))
     print(report)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for epoch in range(1, args.epochs + 1):
