@@ -56,7 +56,7 @@ def test_on_the_command_line(capsys):
     model = ["kept_nets:Net", "--input", "6x5", "--examples", "0.5", "-q"]
     assert main(["code", *model, "--backward"]) == 0
     assert "# --- cut: k of n examples" in capsys.readouterr().out
-    assert main(["code", *model, "--backward", "--diff"]) == 2
+    assert main(["code", *model, "--backward", "--diff"]) == 1
     assert "--backward and --diff given: give one of them" in capsys.readouterr().err
     assert main(["report", *model]) == 0
     assert "Of the 6 examples 3 enter the backward" in capsys.readouterr().out
