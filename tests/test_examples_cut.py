@@ -179,3 +179,16 @@ def test_batch_norm_is_not_refused():
     assert not report.examples.off
     gm(torch.randn(N, 5)).sum().backward()
     assert fxprop.kept_examples(gm) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda net, z: net.c(z) * (1.0 / len(z)),
+        lambda net, z: net.c(z) * len(z) ** -0.5,
+        lambda net, z: F.embedding(torch.arange(len(z)).flip(0), net.b(z)),
+    ],
+)
+def test_numbers_and_tables_made_of_the_examples_are_refused(rest):
+    _, report = fxprop.transform(Net(rest), fxprop.Policy(examples=0.5), (torch.randn(N, 5),))
+    assert "number of examples" in report.examples.off or "its table differs" in report.examples.off

@@ -141,7 +141,7 @@ OPERATORS = {
 REFUSED = {
     "complex": "is not known to keep them apart",
     "bilinear": "is not known to keep them apart",
-    "one entry each": "it picks among the examples",
+    "one entry each": "examples: aten.",
 }
 
 

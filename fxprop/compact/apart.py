@@ -8,6 +8,8 @@ over the examples it is given.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -22,15 +24,26 @@ def joins_examples(node: fx.Node, examples: Examples) -> str | None:
     if isinstance(node.meta.get("val"), int | torch.SymInt | torch.SymFloat | torch.SymBool):
         return None  # a size
     given = [examples.at(tensor) for tensor in tensors_in((*node.args, *node.kwargs.values()))]
+    name = name_of(node)
+    if name in _OF_NUMBERS and any(map(examples.has, numbers_of(node))):
+        return "it computes with the number of examples"
     if not any(given):
         return None
-    name = name_of(node)
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         return check_pointwise(node, arguments_of(node), examples)
     check = CHECKS.get(name)
     if check is None:
         return f"{name} is not known to keep them apart"
     return check(node, arguments_of(node), examples)
+
+
+# what makes a tensor of numbers that are no sizes
+_OF_NUMBERS = ("aten.scalar_tensor", "aten.full", "aten.arange")
+
+
+def numbers_of(node: fx.Node) -> list[Any]:
+    """The numbers among an operator's arguments; sizes, which come in lists, are not among them."""
+    return [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
 
 
 def is_batch_norm(node: fx.Node) -> bool:

@@ -181,9 +181,15 @@ def _gathered(node: fx.Node, given: dict[str, Any], examples: Examples) -> str |
 
 
 def _embedding_backward(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
+    if examples.has(given["num_weights"]) or examples.has(_value(given["num_weights"])):
+        return "its table differs from example to example"
     if given.get("scale_grad_by_freq"):
         return "scale_grad_by_freq counts over all examples"
     return _same("grad_output", "indices")(node, given, examples)
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
 
 
 def _constructed(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
