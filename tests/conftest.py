@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import kept_nets
 import pytest
 import torch
 
@@ -57,3 +58,23 @@ def resnet():
     with torch.device("meta"):
         model = torchvision.models.resnet18()
     return transformed(model, (8, 3, 224, 224))
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """What `kept_nets.make` makes, once for the tests of a file."""
+    return kept_nets.make()
+
+
+@pytest.fixture
+def net(made):
+    """(the model, ours, what chooses its examples): one of each for many tests, as if just made."""
+    model, gm, choice = made
+    model.zero_grad(), gm.zero_grad()
+    choice.share, choice.last = 0.5, None
+    return model, gm, choice

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from kept_nets import whole_backward
 from kept_rows import SELECTS, TOLERANCE, assert_same, differ, gradients, recorded
 from torch import nn
 
@@ -311,15 +312,6 @@ def test_what_cannot_be_set():
 
 
 def test_a_backward_that_runs_on_all_examples_is_an_error(monkeypatch):
-    def whole_backward(cut, *_):
-        def run(args):
-            fed = [args[given.index] for given in cut.inputs]
-            args.clear()
-            return cut.compact(*fed)
-
-        run._boxed_call = True
-        return run
-
     monkeypatch.setattr("fxprop.compact.compile.CutBackward", whole_backward)
     model, _ = compiled(Layers().double())
     output = model(inputs()).sum()

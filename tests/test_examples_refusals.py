@@ -15,6 +15,7 @@ from kept_nets import (
     make,
     make_sparse,
     output_gradient,
+    whole_backward,
 )
 from kept_rows import assert_same, gradients
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,24 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprop
 from fxprop.errors import ExamplesError, ModelError, PolicyError
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def made():
-    return make()
-
-
-@pytest.fixture
-def net(made):
-    """(the model, ours, what chooses its examples): one of each for many tests, as if just made."""
-    model, gm, choice = made
-    model.zero_grad(), gm.zero_grad()
-    choice.share, choice.last = 0.5, None
-    return model, gm, choice
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_the_backward_of_the_backward_is_refused(net):
@@ -107,18 +91,6 @@ def test_more_kinds_of_calls_than_torch_compile_has_versions(net):
         for rank in range(4):
             gm(torch.randn(N, *[2] * rank, 5).double()).sum().backward()
             assert fxprop.kept_examples(gm) == (N // 2, N)
-
-
-def whole_backward(cut, *_):
-    """What runs the part behind the cut on all examples, as a backward would that fxprop never saw."""
-
-    def run(args):
-        fed = [args[given.index] for given in cut.inputs]
-        args.clear()
-        return cut.compact(*fed)
-
-    run._boxed_call = True
-    return run
 
 
 @pytest.mark.parametrize("build", [Net, Parts])

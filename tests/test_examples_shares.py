@@ -15,24 +15,7 @@ import fxprop
 from fxprop import schedules
 from fxprop.errors import PolicyError
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def made():
-    return make()
-
-
-@pytest.fixture
-def net(made):
-    """(the model, ours, what chooses its examples): one of each for many tests, as if just made."""
-    model, gm, choice = made
-    model.zero_grad(), gm.zero_grad()
-    choice.share, choice.last = 0.5, None
-    return model, gm, choice
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))])

@@ -9,24 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprop
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def made():
-    return make()
-
-
-@pytest.fixture
-def net(made):
-    """(the model, ours, what chooses its examples): one of each for many tests, as if just made."""
-    model, gm, choice = made
-    model.zero_grad(), gm.zero_grad()
-    choice.share, choice.last = 0.5, None
-    return model, gm, choice
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_accumulation_and_a_smaller_last_mini_batch(net):

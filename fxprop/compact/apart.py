@@ -8,13 +8,11 @@ over the examples it is given.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from fxprop.compact.checks import CHECKS, RANKING, check_pointwise
-from fxprop.compact.follow import Examples, arguments_of, name_of, tensors_in
+from fxprop.compact.follow import Examples, arguments_of, name_of, tensors_in, value_of
 
 
 def joins_examples(node: fx.Node, examples: Examples) -> str | None:
@@ -25,7 +23,8 @@ def joins_examples(node: fx.Node, examples: Examples) -> str | None:
         return None  # a size
     given = [examples.at(tensor) for tensor in tensors_in((*node.args, *node.kwargs.values()))]
     name = name_of(node)
-    if name in _OF_NUMBERS and any(map(examples.has, numbers_of(node))):
+    # sizes come in lists, and are not looked at
+    if name in _OF_NUMBERS and any(examples.has(value_of(argument)) for argument in node.args):
         return "it computes with the number of examples"
     if not any(given):
         return None
@@ -39,11 +38,6 @@ def joins_examples(node: fx.Node, examples: Examples) -> str | None:
 
 # what makes a tensor of numbers that are no sizes
 _OF_NUMBERS = ("aten.scalar_tensor", "aten.full", "aten.arange")
-
-
-def numbers_of(node: fx.Node) -> list[Any]:
-    """The numbers among an operator's arguments; sizes, which come in lists, are not among them."""
-    return [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
 
 
 def is_batch_norm(node: fx.Node) -> bool:

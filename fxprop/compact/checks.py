@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fxprop.compact.follow import Examples, agreed, name_of, tensors_in
+from fxprop.compact.follow import Examples, agreed, name_of, tensors_in, value_of
 
 # (node, its arguments by name, the places of the examples) -> why it joins them; None if it does not
 Check = Callable[[fx.Node, dict[str, Any], Examples], str | None]
@@ -21,9 +21,8 @@ def check_pointwise(node: fx.Node, given: dict[str, Any], examples: Examples) ->
     value = node.meta["val"]
     rank = (value[0] if isinstance(value, list | tuple) else value).dim()
     own = examples.at(node)
-    for argument in _values(given):
-        if isinstance(argument, fx.Node) and examples.has(argument.meta.get("val")):
-            return "it computes with the number of examples"
+    if any(examples.has(value_of(argument)) for argument in _values(given)):
+        return "it computes with the number of examples"
     for tensor in tensors_in(list(given.values())):
         rows = examples.at(tensor)
         if rows is None:
@@ -133,13 +132,14 @@ def _convolved(node: fx.Node, given: dict[str, Any], examples: Examples) -> str 
     return None
 
 
-def _normed(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
-    return _same("input", dims=tuple(range(-len(given["normalized_shape"]), 0)))(node, given, examples)
+def _layer_norm(*names: str) -> Check:
+    """As `_same`; the dimensions that are normalized must not have the examples."""
 
+    def check(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
+        normed = tuple(range(-len(given["normalized_shape"]), 0))
+        return _same(*names, dims=normed)(node, given, examples)
 
-def _layer_norm(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
-    normed = tuple(range(-len(given["normalized_shape"]), 0))
-    return _same("grad_out", "input", dims=normed)(node, given, examples)
+    return check
 
 
 def _index(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
@@ -181,15 +181,11 @@ def _gathered(node: fx.Node, given: dict[str, Any], examples: Examples) -> str |
 
 
 def _embedding_backward(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
-    if examples.has(given["num_weights"]) or examples.has(_value(given["num_weights"])):
+    if examples.has(value_of(given["num_weights"])):
         return "its table differs from example to example"
     if given.get("scale_grad_by_freq"):
         return "scale_grad_by_freq counts over all examples"
     return _same("grad_output", "indices")(node, given, examples)
-
-
-def _value(argument: Any) -> Any:
-    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
 
 
 def _constructed(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
@@ -232,7 +228,7 @@ _BY_CHECK: tuple[tuple[Check, str], ...] = (
     (_convolution, "convolution_backward"),
     # recomputed in the backward, inside of a checkpoint
     (_convolved, "convolution"),
-    (_normed, "native_layer_norm _fused_rms_norm"),
+    (_layer_norm("input"), "native_layer_norm _fused_rms_norm"),
     (_same("input", dims=(-1,)), "native_group_norm"),
     (_same("indices"), "embedding"),
     (_same("self", dims=(-1,)), "avg_pool1d reflection_pad1d replication_pad1d"),
@@ -247,7 +243,7 @@ _BY_CHECK: tuple[tuple[Check, str], ...] = (
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
         "_scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention",
     ),
-    (_layer_norm, "native_layer_norm_backward _fused_rms_norm_backward"),
+    (_layer_norm("grad_out", "input"), "native_layer_norm_backward _fused_rms_norm_backward"),
     (_same("grad_out", "input", "mean", "rstd", dims=(-1,)), "native_group_norm_backward"),
     (_embedding_backward, "embedding_dense_backward"),
     (_index, "index _unsafe_index _unsafe_masked_index"),

@@ -78,12 +78,15 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return {**bound, **node.kwargs}
 
 
+def value_of(argument: Any) -> Any:
+    """An argument's value, whether it is a node or stands there itself."""
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
 def tensors_in(value: Any) -> Iterator[fx.Node]:
     """The nodes in an argument whose value is a tensor, or several."""
     if isinstance(value, fx.Node):
-        if not isinstance(
-            value.meta.get("val"), int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
-        ):
+        if not isinstance(value_of(value), NUMBERS):
             yield value
     elif isinstance(value, list | tuple):
         for item in value:
@@ -219,7 +222,7 @@ class Examples:
         each = product(held.shape) / self.symbol
         (at,) = self.dims(part) if len(self.dims(part)) == 1 else (0,)
         sizes = [size_of(size) for size in part.shape]
-        strides = [size_of(_expression(stride)) for stride in given["stride"]]
+        strides = [size_of(value_of(stride)) for stride in given["stride"]]
         within = sum((sizes[d] - 1) * strides[d] for d in range(len(sizes)) if d != at)
         if sizes[at] != self.symbol or strides[at] != each or not (each - within).is_positive:
             raise Unknown("it addresses memory by strides, from one example to the next")
@@ -253,10 +256,6 @@ def agreed(places: Iterable[Rows]) -> set[Rows]:
     every = set(places)
     fixed = {rows for rows in every if not rows.alike}
     return {*fixed, *(r for r in every if r.alike and r.dim not in {f.dim for f in fixed})}
-
-
-def _expression(size: Any) -> Any:
-    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def product(shape: Sequence[Any]) -> sympy.Expr:

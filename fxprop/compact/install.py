@@ -124,7 +124,7 @@ def _refusal() -> Callable[[], None]:
 
 def _check_modes() -> None:
     # private: torch.compile passes over what is called under such a mode, and has no public way to tell;
-    # tests/test_examples_training.py would notice
+    # tests/test_examples_refusals.py would notice
     mode = _get_current_dispatch_mode()
     if mode is not None:
         raise ExamplesError(
