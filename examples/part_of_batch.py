@@ -20,15 +20,9 @@ def share(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--examples", type=share, default="auto", help="a share, 1 for all, or auto (default)"
-    )
-    parser.add_argument(
-        "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="batch norms in the model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=share, default="auto", help="a share, 1 for all, or auto")
+    parser.add_argument("--no-batch-norm", action="store_true", help="the model without batch norms")
     for name, default in {"data": "data", "epochs": 3, "batch": 64, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args(argv)
@@ -36,7 +30,7 @@ def main(argv=None):
     batches = torch.utils.data.DataLoader(load(args.data, True), args.batch, shuffle=True)
     images, labels = load(args.data, False).tensors
     cnn = make_cnn("pool")
-    if not args.batch_norm:
+    if args.no_batch_norm:
         cnn = nn.Sequential(*(layer for layer in cnn if not isinstance(layer, nn.BatchNorm2d)))
     policy = fxprop.Policy(examples=args.examples)
     model, report = fxprop.transform(cnn, policy, (torch.empty(args.batch, 1, 28, 28),))
