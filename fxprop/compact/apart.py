@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprop.compact.checks import CHECKS, RANKING, check_pointwise
-from fxprop.compact.follow import Examples, arguments_of, name_of, tensors_in, value_of
+from fxprop.compact.follow import FACTORIES, Examples, arguments_of, name_of, tensors_in, value_of
 
 
 def joins_examples(node: fx.Node, examples: Examples) -> str | None:
@@ -27,7 +27,8 @@ def joins_examples(node: fx.Node, examples: Examples) -> str | None:
     if name in _OF_NUMBERS and any(examples.has(value_of(argument)) for argument in node.args):
         return "it computes with the number of examples"
     if not any(given):
-        return None
+        is_made = name not in (*FACTORIES, *_SPREADS) and examples.at(node) is not None
+        return "it makes examples of something else" if is_made else None
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         return check_pointwise(node, arguments_of(node), examples)
     check = CHECKS.get(name)
@@ -36,6 +37,8 @@ def joins_examples(node: fx.Node, examples: Examples) -> str | None:
     return check(node, arguments_of(node), examples)
 
 
+# what gives each example the same
+_SPREADS = ("aten.expand", "aten.repeat")
 # what makes a tensor of numbers that are no sizes
 _OF_NUMBERS = ("aten.scalar_tensor", "aten.full", "aten.arange")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fxprop.compact.flattened import size_of
 from fxprop.compact.follow import Examples, agreed, name_of, tensors_in, value_of
 
 # (node, its arguments by name, the places of the examples) -> why it joins them; None if it does not
@@ -76,21 +77,33 @@ def _sums(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | Non
     return None  # what becomes of a sum is asked elsewhere
 
 
+def _unreduced(check: Check) -> Check:
+    """The backward of a loss, which is one number for each entry if nothing was summed."""
+
+    def check_unreduced(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
+        reduced = "it computes with the number of examples"
+        return reduced if given["reduction"] != 0 else check(node, given, examples)
+
+    return check_unreduced
+
+
 def _shaped(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
     return None if examples.at(node) is not None else "it picks some of the examples"
 
 
 def _all_aligned(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
-    """What is put together has the examples in the same dimension, and is not put together along it."""
+    """What is put together has the examples in the same dimension."""
     dim = given["dim"]
     own = examples.at(node)
     rank = node.meta["val"].dim()
     places = {examples.at(tensor) for tensor in tensors_in(given["tensors"])}
     if name_of(node) == "aten.stack":
         return None if own is not None and None not in places else "only some of its tensors have examples"
-    if places != {own} or own is None or own.dim == dim % rank:
-        return "it puts examples behind each other"
-    return None
+    if None in places or own is None:
+        return "only some of its tensors have examples"
+    if own.dim == dim % rank:
+        return None  # behind each other, as `flattened` follows them
+    return None if places == {own} else "its tensors have the examples in different places"
 
 
 def _product(left: str, right: str) -> Check:
@@ -170,6 +183,23 @@ def _index_put(node: fx.Node, given: dict[str, Any], examples: Examples) -> str 
     return _index(node, given, examples)
 
 
+def _padded(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
+    rows = examples.at(given["self"])
+    if rows is None or rows != examples.at(node):
+        return "it picks some of the examples"
+    behind = given["self"].meta["val"].dim() - 1 - rows.dim
+    return "it works along the examples" if any(given["pad"][2 * behind : 2 * behind + 2]) else None
+
+
+def _written(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
+    """Part of a tensor is replaced; of the examples all, in their order."""
+    rows, src = examples.at(given["self"]), examples.at(given["src"])
+    if rows is None or src is None or len(agreed((rows, src))) != 1:
+        return "its tensors have the examples in different places"
+    sizes = [given[name].meta["val"].shape[rows.dim] for name in ("self", "src")]
+    return None if size_of(sizes[0]) == size_of(sizes[1]) else "it picks some of the examples"
+
+
 def _gathered(node: fx.Node, given: dict[str, Any], examples: Examples) -> str | None:
     """Along `dim` each example is looked up, or written, by its own indices."""
     rank = given["index"].meta["val"].dim()
@@ -197,7 +227,7 @@ _BY_CHECK: tuple[tuple[Check, str], ...] = (
         _shaped,
         "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T unsqueeze squeeze expand "
         "alias detach clone contiguous _to_copy to lift_fresh_copy split split_with_sizes unbind diagonal "
-        "slice slice_backward select_backward diagonal_backward repeat constant_pad_nd as_strided "
+        "slice slice_backward select_backward diagonal_backward repeat as_strided "
         "as_strided_scatter",
     ),
     (
@@ -208,12 +238,20 @@ _BY_CHECK: tuple[tuple[Check, str], ...] = (
         "sigmoid_backward silu_backward softplus_backward tanh_backward _prelu_kernel hardswish mish "
         "leaky_relu elu hardtanh softplus silu gelu relu6 selu celu logsigmoid",
     ),
+    (
+        _unreduced(check_pointwise),
+        "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward "
+        "soft_margin_loss_backward",
+    ),
+    (_unreduced(_same("grad_output", "self", "target")), "nll_loss_backward nll_loss2d_backward"),
     (_sums, "sum sum_to_size " + " ".join(RANKING)),
     (
         _along("self", "dim"),
         "cumsum cumprod sort topk kthvalue median mode max min argmax argmin any all std std_mean _softmax "
-        "_log_softmax index_select index_add index_copy index_fill select select_scatter slice_scatter glu",
+        "_log_softmax index_select index_add index_copy index_fill select select_scatter glu",
     ),
+    (_padded, "constant_pad_nd"),
+    (_written, "slice_scatter"),
     (_along("self", "dims"), "roll flip"),
     (_along("grad_output", "dim"), "glu_backward"),
     (_along("self", "dimension"), "unfold"),

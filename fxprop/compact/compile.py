@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxprop.compact.captured import batch_symbol, has_several, needs_backward, parameter_names
 from fxprop.compact.choice import Choice
 from fxprop.compact.cut import CannotCut, Cut, find_cut
-from fxprop.compact.follow import size_of
+from fxprop.compact.flattened import size_of
 from fxprop.compact.forward import Forward, read_forward
 from fxprop.compact.rows import Layout
 from fxprop.compact.run import CutBackward, noticing_dense, on_all, run_aten, with_reshapes

@@ -7,7 +7,7 @@ cut is at the gradients of what enters the loss: the last ones in front of the f
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprop.compact.apart import is_batch_norm, joins_examples, reduces_by_rank
-from fxprop.compact.follow import FACTORIES, Examples, Unknown, describe, name_of, size_of
+from fxprop.compact.flattened import Unknown
+from fxprop.compact.follow import FACTORIES, Examples, describe, name_of
 from fxprop.compact.forward import Forward, find_alone, is_of
 from fxprop.compact.rows import Rows
 from fxprop.errors import ExamplesError
@@ -38,6 +39,8 @@ class Input:
     rows: Rows | None
     # for a number that follows from how many examples there are: the formula
     formula: sympy.Expr | None = None
+    # whether that is a multiple of it, whatever else it has
+    is_multiple: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,22 @@ class _Cutter:
     def _of_placeholder(self, node: fx.Node) -> Any:
         if node.name in self._forward.rows:
             return self._forward.rows[node.name]
-        found = find_alone(self._examples, node.meta.get("val"))
-        if not isinstance(found, Unknown):
-            return found
-        # a gradient lies as the output does
-        shape = [size_of(size) for size in node.meta["val"].shape]
-        alike = {
-            rows
-            for rows, value in self._forward.outputs
-            if isinstance(rows, Rows)
-            and isinstance(value, Tensor)
-            and [size_of(s) for s in value.shape] == shape
-        }
-        return alike.pop() if len(alike) == 1 else found
+        # a gradient lies as its output does
+        output = getattr(node.meta.get("desc"), "output", None)
+        if output in self._forward.outputs:
+            return self._forward.outputs[output]
+        return find_alone(self._examples, node.meta.get("val"))
 
     def cut(self) -> Cut:
         """The two parts."""
         if not self._tangents:
             raise CannotCut("the backward graph has no gradient of an output")
         frontier = self._frontier()
-        if not any(isinstance(self._examples.found(node), Rows) for node in frontier):
+        found = [self._examples.found(node) for node in frontier]
+        if not any(isinstance(rows, Rows) for rows in found):
+            for unknown in found:
+                if isinstance(unknown, Unknown) and unknown.node is not None:
+                    raise CannotCut(f"{unknown.reason}: {describe(unknown.node)}")
             ended = self._forward.ended
             raise CannotCut(
                 "no gradient at the model's outputs or its loss has a dimension for the examples"
@@ -181,7 +180,7 @@ class _Cutter:
             try:
                 mark, reason = self._mark(node, marks)
             except Unknown as unknown:
-                mark, reason = None, unknown.reason
+                raise CannotCut(f"{unknown.reason}: {describe(unknown.node or node)}") from None
             if reason is not None:
                 raise CannotCut(f"{reason}: {describe(node)}")
             if mark is not None:
@@ -237,9 +236,13 @@ class _Cutter:
             formula = value.node.expr if isinstance(value, torch.SymInt) else None
             found = self._examples.found(node)
             if isinstance(found, Unknown):
-                raise CannotCut(f"{found.reason}: {describe(node)}")
+                raise CannotCut(f"{found.reason}: {describe(found.node or node)}")
             position = made.index(node) if node in made else index[node]
-            inputs.append(Input(position, node in made, found, formula))
+            is_multiple = formula is not None and not (formula / self._forward.symbol).has(
+                self._forward.symbol
+            )
+            inputs.append(Input(position, node in made, found, formula, is_multiple))
+        self._check_formulas(inputs)
         for node in behind:
             if node.op != "placeholder":
                 copies[node] = compact.node_copy(node, copies.__getitem__)
@@ -260,6 +263,14 @@ class _Cutter:
             tuple(self._of_result(node) for node in results),
             self._forward.symbol,
         )
+
+    def _check_formulas(self, inputs: Sequence[Input]) -> None:
+        known = {given.formula for given in inputs} | {self._forward.symbol}
+        for given in inputs:
+            if given.formula is None or given.is_multiple or not given.formula.has(self._forward.symbol):
+                continue
+            if given.formula.free_symbols - known:
+                raise CannotCut(f"its backward computes with {given.formula}, of which not all is known")
 
     def _of_result(self, node: Any) -> Rows | None:
         return self._examples.at(node) if isinstance(node, fx.Node) else None

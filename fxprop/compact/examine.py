@@ -26,19 +26,40 @@ def examine(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     for name, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm):
             raise CannotCut(f"SyncBatchNorm {name!r} joins the examples of several processes")
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     given = tree_map(lambda leaf: _like(leaf, device), (args, dict(kwargs)))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
     own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    with torch.enable_grad():
+    with torch.enable_grad(), _off_meta(module):
         try:
             call_compiled(torch.compile(own, backend=_stop_at_cut, fullgraph=True), *given[0], **given[1])
         except Found as found:
             return found.cut
     raise CannotCut("no gradient is computed: nothing of the model requires one")
+
+
+@contextlib.contextmanager
+def _off_meta(module: nn.Module) -> Iterator[None]:
+    """With stand-ins on the CPU for tensors on the meta device, where some losses have no backward."""
+    held: list[dict[str, Any]] = [d for part in module.modules() for d in (part._parameters, part._buffers)]
+    before = [dict(tensors) for tensors in held]
+    every = {t for tensors in before for t in tensors.values() if t is not None and t.is_meta}
+    made = {tensor: _stand_in(tensor) for tensor in every}
+    try:
+        for tensors in held:
+            tensors.update({name: made[t] for name, t in tensors.items() if t in made})
+        yield
+    finally:
+        for tensors, kept in zip(held, before, strict=True):
+            tensors.update(kept)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    made = torch.empty_like(tensor, device="cpu")  # never touched, so that no memory is taken
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _like(leaf: Any, device: torch.device) -> Any:

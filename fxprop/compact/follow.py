@@ -7,7 +7,6 @@ a view has flattened them with something else (tokens, windows, patches), the vi
 from __future__ import annotations
 
 import linecache
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxprop.compact.flattened import Flattened, Several, Unknown, product, size_of
 from fxprop.compact.rows import Rows
 from fxprop.tracing.source_lines import source_line
 
@@ -23,19 +23,24 @@ if TYPE_CHECKING:
     import sympy
 
 
-class Unknown(Exception):
-    """The examples in a tensor cannot be told apart; `reason` says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 # a tensor without examples, one with examples, one in which they cannot be found
 Found = Rows | None | Unknown
 
 _VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias")
+# the same entries, or some of them over and over
+_SAME = (
+    *_VIEWS,
+    "aten.expand",
+    "aten.permute",
+    "aten.transpose",
+    "aten.t",
+    "aten.unsqueeze",
+    "aten.squeeze",
+)
+_BY_STRIDES = ("aten.as_strided", "aten.as_strided_scatter")
+# what takes parts of a tensor along a dimension, or puts one into zeros
+_PARTS = ("aten.slice", "aten.split", "aten.split_with_sizes", "aten.slice_backward")
 # tensors made of nothing but a shape
 FACTORIES = (
     "aten.zeros",
@@ -49,6 +54,7 @@ FACTORIES = (
     "aten.empty_strided",
     "aten.new_empty_strided",
 )
+_FILLED = ("aten.zeros", "aten.ones", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full")
 
 
 def name_of(node: fx.Node) -> str:
@@ -93,20 +99,12 @@ def tensors_in(value: Any) -> Iterator[fx.Node]:
             yield from tensors_in(item)
 
 
-def size_of(dim: int | torch.SymInt) -> sympy.Expr:
-    """A size as an expression."""
-    if isinstance(dim, torch.SymInt):
-        return cast("sympy.Expr", dim.node.expr)
-    import sympy  # slow, and not needed before a graph is looked at
-
-    return sympy.Integer(dim)
-
-
 class Examples:
     """The places of the examples in the values of a graph; `symbol` is the number of examples."""
 
     def __init__(self, symbol: sympy.Symbol) -> None:
         self.symbol = symbol
+        self._flattened = Flattened(symbol)
         self._found: dict[fx.Node, Found | list[Found]] = {}
 
     def has(self, size: Any) -> bool:
@@ -151,45 +149,70 @@ class Examples:
             several = self._found.get(node.args[0])
             self._found[node] = several[node.args[1]] if isinstance(several, list) else several  # type: ignore[index]
         elif isinstance(value, list | tuple):
-            self._found[node] = [self._of(node, one) for one in value]
+            self._found[node] = [self._of(node, one, value[:number]) for number, one in enumerate(value)]
         else:
             self._found[node] = self._of(node, value)
 
-    def _of(self, node: fx.Node, value: Any) -> Found:
+    def _of(self, node: fx.Node, value: Any, ahead: Sequence[Any] = ()) -> Found:
         dims = self.dims(value)
         if not dims:
             return None
-        if len(dims) > 1:
-            return Unknown(f"its result has the examples in {len(dims)} dimensions")
         try:
-            return self._find(node, value, dims[0])
+            return (
+                self._of_pairs(node, value, dims)
+                if len(dims) > 1
+                else self._find(node, value, dims[0], ahead)
+            )
         except Unknown as unknown:
+            unknown.node = unknown.node or node
             return unknown
 
-    def _find(self, node: fx.Node, value: Tensor, dim: int) -> Rows:
+    def _of_pairs(self, node: fx.Node, value: Tensor, dims: Sequence[int]) -> Rows:
+        sizes = {size_of(value.shape[d]) for d in dims}
         inputs = list(tensors_in((*node.args, *node.kwargs.values())))
-        if name_of(node) in _VIEWS:
+        kept = not self._moves(node) or (
+            name_of(node) in _VIEWS
+            and isinstance(self.found(inputs[0]), Several)
+            and self._flattened.keeps_pairs(inputs[0].meta["val"].shape, value.shape)
+        )
+        if kept and sizes == {self.symbol} and all(map(self._is_alone, inputs)):
+            raise Several(dims)
+        raise Unknown(f"its result has the examples in {len(dims)} dimensions")
+
+    def _moves(self, node: fx.Node) -> bool:
+        """Whether an operator may give an entry another number among the examples."""
+        return name_of(node) in (*_VIEWS, *_PARTS, *_BY_STRIDES, "aten.cat")
+
+    def _is_alone(self, node: fx.Node) -> bool:
+        """Whether no dimension of a tensor has the examples and something else."""
+        found = self.found(node)
+        return found is None or isinstance(found, Several) or (isinstance(found, Rows) and found.alone)
+
+    def _find(self, node: fx.Node, value: Tensor, dim: int, ahead: Sequence[Any]) -> Rows:
+        """Where they lie in a node's `value`; `ahead` are those of its results that come before."""
+        inputs = list(tensors_in((*node.args, *node.kwargs.values())))
+        name, size = name_of(node), size_of(value.shape[dim])
+        if name in _VIEWS:
             rows = self.at(inputs[0])
             if rows is None:
                 raise Unknown("it makes examples of something else")
-            return self.of_view(inputs[0].meta["val"].shape, value.shape, rows)
-        if name_of(node) in ("aten.as_strided", "aten.as_strided_scatter"):
+            viewed = self._flattened.viewed(inputs[0].meta["val"].shape, value.shape, rows)
+            return replace(viewed, alike=rows.alike and (viewed.alone or self._is_uniform(inputs[0])))
+        if name in _BY_STRIDES:
             return self._strided(node, dim)
-        size = size_of(value.shape[dim])
-        if size == self.symbol:
-            return Rows(dim)
-        places = [
-            rows
-            for rows, tensor in self._with_rows(inputs)
-            if size_of(tensor.meta["val"].shape[rows.dim]) == size
-        ]
-        if not places and (name_of(node) in FACTORIES or self._is_spread(node, value, dim)):
-            return replace(self._rows(dim, size_of(1), size), alike=True)
-        if name_of(node) == "aten.repeat" and not places:
+        if name in _PARTS or (name == "aten.cat" and arguments_of(node)["dim"] % value.dim() == dim):
+            return self._along(node, value, dim, ahead)
+        if size == self.symbol and name not in FACTORIES and all(map(self._is_alone, inputs)):
+            return Rows(dim, alike=self._is_spread(node, value, dim))
+        held = list(self._with_rows(inputs))
+        places = [rows for rows, tensor in held if size_of(tensor.meta["val"].shape[rows.dim]) == size]
+        if not places and (name in FACTORIES or self._is_spread(node, value, dim)):
+            return replace(self._flattened.rows(dim, size_of(1), size), alike=True)
+        if name == "aten.repeat" and not places:
             once = arguments_of(node)["self"].meta["val"]
             behind = value.dim() - dim
             inner = size_of(once.shape[-behind]) if behind <= once.dim() else size_of(1)
-            return self._rows(dim, size / self.symbol / inner, size)
+            return self._flattened.rows(dim, size / self.symbol / inner, size)
         fixed = [rows for rows in places if not rows.alike] or places
         if len(orders := {(rows.outer, rows.inner) for rows in fixed}) != 1:
             raise Unknown(
@@ -197,6 +220,44 @@ class Examples:
             )
         ((outer, inner),) = orders
         return Rows(dim, outer, inner, alike=all(rows.alike for rows in places))
+
+    def _along(self, node: fx.Node, value: Tensor, dim: int, ahead: Sequence[Any]) -> Rows:
+        """In part of a tensor, in one that is put into zeros, in some behind each other."""
+        given, name = arguments_of(node), name_of(node)
+        if name == "aten.cat":
+            tensors = list(tensors_in(given["tensors"]))
+            parts = [(self.at(t), size_of(t.meta["val"].shape[dim])) for t in tensors]
+            if not all(rows is not None and rows.dim == dim for rows, _ in parts):
+                raise Unknown("only some of its tensors have examples")
+            return self._flattened.joined(cast("list[tuple[Rows, sympy.Expr]]", parts))
+        held = given["grad_output" if name == "aten.slice_backward" else "self"]
+        rows, shape = self.at(held), held.meta["val"].shape
+        if rows is None:
+            if size_of(value.shape[dim]) != self.symbol:
+                raise Unknown("it makes examples of something else")
+            return Rows(dim)
+        if given["dim"] % value.dim() != dim:
+            return replace(rows, dim=dim)
+        size, other = size_of(value.shape[dim]), size_of(shape[dim])
+        if name == "aten.slice_backward":
+            return self._flattened.padded(rows, other, self._start(given, size), size)
+        if value_of(given.get("step", 1)) != 1:
+            raise Unknown("it picks some of the examples")
+        start = sum((size_of(one.shape[dim]) for one in ahead), start=self._start(given, other))
+        return self._flattened.sliced(rows, other, start, size)
+
+    def _start(self, given: dict[str, Any], whole: sympy.Expr) -> sympy.Expr:
+        start = size_of(value_of(given.get("start")) or 0)
+        return start + whole if start.is_negative else start
+
+    def _is_uniform(self, node: fx.Node) -> bool:
+        """Whether all entries of a tensor are one number: a filled one, or a number that was expanded."""
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and product(value.shape) == 1:
+            return True
+        is_same = torch.Tag.pointwise in getattr(node.target, "tags", ()) or name_of(node) in _SAME
+        inputs = list(tensors_in((*node.args, *node.kwargs.values())))
+        return name_of(node) in _FILLED or (is_same and bool(inputs) and all(map(self._is_uniform, inputs)))
 
     def _with_rows(self, tensors: Sequence[fx.Node]) -> Iterator[tuple[Rows, fx.Node]]:
         for tensor in tensors:
@@ -228,36 +289,9 @@ class Examples:
             raise Unknown("it addresses memory by strides, from one example to the next")
         return Rows(at) if name_of(node) == "aten.as_strided" else rows
 
-    def of_view(self, before: Sequence[Any], after: Sequence[Any], rows: Rows) -> Rows:
-        """Where `rows` of a tensor of shape `before` lie once it is viewed as `after`."""
-        ahead = product(before[: rows.dim])
-        whole = size_of(before[rows.dim])
-        outer = self._factor(rows.outer, rows.inner, whole) * ahead
-        for dim, size in enumerate(after):
-            if self.has(size):
-                found = self._rows(dim, (outer / product(after[:dim])).simplify(), size_of(size))
-                return replace(found, alike=rows.alike)
-        raise Unknown("a view of it has no examples")
-
-    def _factor(self, outer: int, inner: int, whole: sympy.Expr) -> sympy.Expr:
-        return whole / self.symbol / inner if outer == -1 else size_of(outer)
-
-    def _rows(self, dim: int, outer: sympy.Expr, size: sympy.Expr) -> Rows:
-        inner = (size / self.symbol / outer).simplify()
-        numbers = [int(f) if f.is_Integer else -1 for f in (outer, inner)]
-        broken = any(f.is_Rational and not f.is_Integer for f in (outer, inner))
-        if broken or numbers == [-1, -1] or self.symbol in (outer.free_symbols | inner.free_symbols):
-            raise Unknown(f"a view splits its examples: dimension {dim} is of size {size}")
-        return Rows(dim, outer=numbers[0], inner=numbers[1])
-
 
 def agreed(places: Iterable[Rows]) -> set[Rows]:
     """The places that tensors have the examples in; one whose entries are alike follows the others."""
     every = set(places)
     fixed = {rows for rows in every if not rows.alike}
     return {*fixed, *(r for r in every if r.alike and r.dim not in {f.dim for f in fixed})}
-
-
-def product(shape: Sequence[Any]) -> sympy.Expr:
-    """Of sizes."""
-    return cast("sympy.Expr", math.prod((size_of(size) for size in shape), start=size_of(1)))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from fxprop.compact.follow import Examples, Unknown, size_of, tensors_in
+from fxprop.compact.flattened import Unknown, size_of
+from fxprop.compact.follow import Examples, tensors_in
 from fxprop.compact.rows import Rows
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ class Forward:
     rows: Mapping[str, Any]
     # those computed from parameters
     parameters: frozenset[str]
-    # the places in its outputs, in order
-    outputs: tuple[Any, ...]
+    # the places in its outputs, by what AOTAutograd calls them
+    outputs: Mapping[Any, Any]
     symbol: sympy.Symbol
     # the first node that makes something without examples of something with them
     ended: fx.Node | None
@@ -49,7 +50,13 @@ def read_forward(graph: fx.Graph, symbol: sympy.Symbol, names: Container[str]) -
     return Forward(
         {node.name: examples.found(node) for node in graph.nodes},
         frozenset(node.name for node in parameters),
-        tuple((examples.found(n), n.meta.get("val")) for n in output.args[0] if isinstance(n, fx.Node)),
+        # private: the metadata by which AOTAutograd itself matches a gradient with its output.
+        # tests/test_examples_refused_or_right.py would notice
+        {
+            described: examples.found(n)
+            for n, described in zip(output.args[0], output.meta["desc"], strict=True)
+            if isinstance(n, fx.Node)
+        },
         symbol,
         ended,
     )
@@ -68,6 +75,7 @@ def is_of(nodes: Set[fx.Node], node: fx.Node) -> bool:
 
 
 def find_alone(examples: Examples, value: Any) -> Rows | Unknown | None:
+    """Where they lie in an input, by its sizes alone."""
     dims = examples.dims(value)
     if not dims:
         return None

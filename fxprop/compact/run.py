@@ -73,18 +73,17 @@ class CutBackward:
     def _take(self, fed: list[Any], chosen: Chosen, n: int) -> None:
         """The chosen examples, in place of all; gradients at the cut are weighted."""
         cut, k = self._cut, len(chosen.examples)
-        sizes = {
-            given.formula: value
-            for given, value in zip(cut.inputs, fed, strict=True)
-            if given.formula is not None and given.formula.is_Symbol
-        }
+        formulas = zip((given.formula for given in cut.inputs), fed, strict=True)
+        sizes = {formula: value for formula, value in formulas if formula is not None and formula.is_Symbol}
         for j, given in enumerate(cut.inputs):
             if given.rows is not None:
                 fed[j] = given.rows.take(fed[j], chosen.examples, n)
                 if j in cut.gradients and chosen.weights is not None:
                     fed[j] = given.rows.weigh(fed[j], chosen.weights)
             elif given.formula is not None and cut.symbol in given.formula.free_symbols:
-                fed[j] = int(given.formula.subs({**sizes, cut.symbol: k}))
+                # the number of all examples is a factor of most
+                times = int(fed[j]) * k // n
+                fed[j] = times if given.is_multiple else int(given.formula.subs({**sizes, cut.symbol: k}))
 
 
 def count_examples(cut: Cut, fed: Sequence[Any]) -> int:

@@ -91,7 +91,7 @@ def _origins(module: nn.Module) -> Callable[[fx.Node], str]:
             path = next((p for p in alike if f"{inside}.".startswith(f"{p}." if p else "")), None)
             if path is not None:
                 traced = alike[path]
-                where = source_line(traced.meta.get("stack_trace"))
+                where = source_line(traced.meta.get("stack_trace")) or source_line(node.meta["stack_trace"])
                 return ", ".join(filter(None, (_layer(traced, path), where)))
         return ", ".join(filter(None, (inside, source_line(node.meta.get("stack_trace")))))
 

@@ -12,9 +12,10 @@ from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.traced import Traced
 
-# L['self'].blocks[0] is blocks.0
+# L['self'].blocks[0] is blocks.0, and getattr(L['self'].blocks, '0') is
 _ROOT = re.compile(r"^\w\['\w+'\]")
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
+_GETATTR = re.compile(r"getattr\(([^()]*), ['\"](\w+)['\"]\)")
 _STEP = re.compile(r"\._(?:modules|parameters)\['([^']+)'\]")
 
 
@@ -64,5 +65,8 @@ def module_in(stack: Mapping[str, Any] | None) -> str:
 
 
 def _path(expression: object) -> str:
-    path = _INDEX.sub(r".\1", _ROOT.sub("", str(expression))).removeprefix(".")
+    text, count = str(expression), 1
+    while count:
+        text, count = _GETATTR.subn(r"\1.\2", text)
+    path = _INDEX.sub(r".\1", _ROOT.sub("", text)).removeprefix(".")
     return path.replace("_modules.", "")
