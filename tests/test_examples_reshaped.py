@@ -109,7 +109,8 @@ def refused(steps):
     weight = torch.zeros(N).double().index_put((chosen,), weights.double())
     masked = gradients(model, x, grad * (of.double() @ weight))
     assert_same(ours, masked, 1e-9)
-    assert differ(ours, gradients(model, x, grad))
+    dense = gradients(model, x, grad)
+    assert differ(ours, dense) or not any(g.any() for g in dense.values())  # all may have been padded away
     return False
 
 

@@ -9,6 +9,7 @@ from kept_rows import assert_same, choice_of, masked, recorded
 from torch import nn
 
 import fxprop
+from fxprop.inspection.code import backward_code
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +159,15 @@ def test_a_mask_as_long_as_the_mini_batch_is_no_example():
             module(x, mask).square().sum().backward()
         calls.append(torch.equal(gm.a.weight.grad, model.a.weight.grad))
     assert all(calls) == bool(report.examples.off)
+
+
+def test_sizes_of_other_calls_are_forgotten():
+    # torch.compile makes symbols of sizes that varied between calls of one function
+    def cut_of(side):
+        model, x = pooled(), torch.randn(6, 3, side, side)
+        gm, _ = fxprop.transform(model, fxprop.Policy(examples=0.5), (x,))
+        return backward_code(gm)
+
+    alone = cut_of(12)
+    cut_of(8)
+    assert cut_of(12) == alone

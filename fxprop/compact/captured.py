@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +15,18 @@ from fxprop.compact.cut import CannotCut
 
 if TYPE_CHECKING:
     import sympy
+
+
+_CALLS = itertools.count()
+
+
+def fresh(function: Any) -> types.FunctionType:
+    """The same function with a code object and a name of its own.
+
+    torch.compile knows functions by the one, and by the other which of their sizes have varied so far.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_CALLS)}")
+    return types.FunctionType(code, function.__globals__, closure=function.__closure__)
 
 
 def needs_backward(example_inputs: Sequence[Any]) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprop.compact.captured import batch_symbol, has_several, needs_backward
+from fxprop.compact.captured import batch_symbol, fresh, has_several, needs_backward
 from fxprop.compact.compile import Found, examine_graph
 from fxprop.compact.cut import CannotCut, Cut
 from fxprop.errors import ExamplesError
@@ -32,10 +31,11 @@ def examine(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     def call(*args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     with torch.enable_grad(), _off_meta(module):
         try:
-            call_compiled(torch.compile(own, backend=_stop_at_cut, fullgraph=True), *given[0], **given[1])
+            call_compiled(
+                torch.compile(fresh(call), backend=_stop_at_cut, fullgraph=True), *given[0], **given[1]
+            )
         except Found as found:
             return found.cut
     raise CannotCut("no gradient is computed: nothing of the model requires one")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fxprop.compact.captured import fresh
 from fxprop.compact.choice import Choice
 from fxprop.compact.compile import Compact
 from fxprop.compact.examine import call_compiled
@@ -100,11 +101,6 @@ def _tensors(given: Any) -> list[Tensor]:
 
 def _call(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return plain(*args, **kwargs)
-
-
-def fresh(function: Any) -> types.FunctionType:
-    """The same function with a code object of its own, by which torch.compile knows functions."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 _COMPILED = (
