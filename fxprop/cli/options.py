@@ -135,7 +135,7 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
 
 
 def _help(setting: settings.Setting) -> str:
-    """The table's text, without the links that only the README can follow."""
+    """The table's text, without the links that only the guide can follow."""
     meaning = re.sub(r" \(\[.*?\]\(.*?\)\)", "", setting.meaning).replace("`", "")
     return f"{meaning} ({setting.values}; default {setting.default})".replace("%", "%%")
 

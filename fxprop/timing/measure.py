@@ -21,6 +21,7 @@ from fxprop.pipeline.recipe import is_transformed, recipe_of
 from fxprop.pipeline.transform import transform
 from fxprop.policy.files import PolicyLike, as_policy
 from fxprop.policy.policy import Policy
+from fxprop.policy.step_time import Clock
 from fxprop.pytree import tree_leaves
 from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.timing.tune import site_times, tune
@@ -72,6 +73,7 @@ def measure(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modules: dict[str, nn.Module] = {"dense": model}
     savings: dict[str, tuple[float, int, float | None]] = {"dense": (0.0, 0, None)}
+    clocks: dict[str, Clock | None] = {}
     for policy in map(as_policy, given):
         gm, report = transform(
             model, policy, example_inputs, example_kwargs=example_kwargs, **transform_options
@@ -79,7 +81,7 @@ def measure(
         if tuned:
             report = tune(gm, example_inputs, example_kwargs=example_kwargs, cache=cache, progress=progress)
         name = _name(policy, modules)
-        modules[name] = gm
+        modules[name], clocks[name] = gm, report.clock
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
         savings[name] = (report.totals.saving or 0.0, rewritten, None if policy.rules else policy.keep)
     times_of = {
@@ -111,6 +113,7 @@ def measure(
             tuple(steps[name]),
             *memory[name],
             tuple(SiteRow(site.name, s.k, s.n, *times) for site, s, times in times_of[name]),
+            clocks.get(name),
         )
         for name in modules
     ]
