@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprop.errors import InputError
 from fxprop.pipeline.arguments import ExampleInputs
@@ -22,6 +21,7 @@ from fxprop.pipeline.transform import transform
 from fxprop.policy.files import PolicyLike, as_policy
 from fxprop.policy.policy import Policy
 from fxprop.policy.step_time import Clock
+from fxprop.progress import count
 from fxprop.pytree import tree_leaves
 from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.timing.tune import site_times, tune
@@ -95,7 +95,7 @@ def measure(
     }
     steps: dict[str, list[Step]] = {name: [] for name in modules}
     try:
-        for round_ in tqdm(range(rounds + _WARM_UP), "steps", disable=not progress, leave=False):
+        for round_ in count(range(rounds + _WARM_UP), "steps", progress):
             for name, runner in runners.items():
                 step = runner.step()
                 if round_ >= _WARM_UP:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import tomli_w
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fxprop.policy.files import as_toml
 from fxprop.report import wording
 from fxprop.report.by_module import Row
 from fxprop.report.forms.diff_colours import as_html
@@ -214,7 +214,7 @@ class View:
     @property
     def policy(self) -> str:
         """The policy as a TOML file."""
-        return "" if self.report.policy is None else tomli_w.dumps(self.report.policy)
+        return "" if self.report.policy is None else as_toml(self.report.policy)
 
     def decision(self, layer: Layer) -> str:
         """What is done with a layer, in a word or two."""
