@@ -35,7 +35,7 @@ fxprop: make a PyTorch model's backward pass cost less, and see what it saves.
 
 first, on a model of torchvision:
   fxprop report resnet50 --keep 0.05          what is saved, in FLOPs and time
-  fxprop explain resnet50 conv1 --keep 0.05   one layer: what was decided, and why
+  fxprop explain resnet50 conv1 --keep 0.05   one layer, and why
   fxprop bench resnet50 --keep 0.25 0.05      measured here (some minutes)
 
 then on your own, made by a function make_net in mypackage/models.py:
