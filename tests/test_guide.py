@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 import fxprop
 from fxprop import errors, settings
 from fxprop.cli import main as cli
+from fxprop.ops import registered, scores
 from fxprop.report.records import Layer
 from fxprop.report.records import Totals as ReportTotals
 
@@ -61,6 +63,11 @@ def namespace():
 def quick(monkeypatch, tmp_path):
     """Nothing is compiled to machine code, which takes seconds and is tested elsewhere; files go to a folder."""
     monkeypatch.setenv("FXPROP_FUSE", "0")
+    monkeypatch.setenv("FXPROP_TINY", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    # what the pages register is forgotten
+    for module, name in ((scores, "_SCORES"), (registered, "_CUSTOM")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.chdir(tmp_path)
 
@@ -79,6 +86,39 @@ def test_the_python_of_a_page_runs(page):
 
 def test_blocks_in_lists_are_seen():
     assert blocks("- so:\n  ```python\n  x = 1\n  ```\n", "python") == ["x = 1\n"]
+
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def cells_of(notebook, kind):
+    return [c for c in json.loads(text_of(notebook))["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_at_a_small_size(notebook):
+    """By exec, without a kernel: a last line's value is all that a kernel would do more."""
+    names = {"__name__": "notebook"}
+    if "import transformers" in text_of(notebook):
+        pytest.importorskip("transformers")
+    for cell in cells_of(notebook, "code"):
+        exec(compile("".join(cell["source"]), str(notebook), "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_is_committed_as_it_ran(notebook):
+    """From the first cell to the last, without an error, with a picture."""
+    code = cells_of(notebook, "code")
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert notebook.stat().st_size < 300_000
+
+
+def test_there_are_five_notebooks():
+    assert [notebook.stem[0] for notebook in NOTEBOOKS] == list("12345")
 
 
 # --- links ------------------------------------------------------------------------------------------------
@@ -107,6 +147,12 @@ def dead_links(page, text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     assert list(dead_links(page, text_of(page))) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_links_of_a_notebook_lead_somewhere(notebook):
+    text = "\n".join("".join(cell["source"]) for cell in cells_of(notebook, "markdown"))
+    assert list(dead_links(notebook, text)) == []
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "errors.md#nothing", "#nothing", "../x.svg"])
