@@ -55,6 +55,7 @@ def namespace():
     labels = torch.arange(8) % 4
     return {
         "torch": torch, "nn": nn, "F": F, "fxprop": fxprop, "model": model, "images": images, "labels": labels,
+        "gm": fxprop.transform(model, 0.5, (images,)).module,
         "loader": [(images, labels)] * 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
     }  # fmt: skip
 
