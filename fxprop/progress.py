@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
-from tqdm import tqdm
+Item = TypeVar("Item")
 
 # seconds before anything is shown, and between two refreshes
 _AFTER, _EVERY = 2.0, 0.2
@@ -33,10 +34,11 @@ def stage(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def show_progress(wanted: bool) -> Iterator[None]:
     """Show the stages inside, with the seconds passed, on standard error once two seconds have passed."""
-    if not wanted:
+    bars = _bars() if wanted else None
+    if bars is None:
         yield
         return
-    display = _Display()
+    display = _Display(bars)
     token = _display.set(display)
     try:
         yield
@@ -45,12 +47,34 @@ def show_progress(wanted: bool) -> Iterator[None]:
         display.close()
 
 
+def count(items: Collection[Item], name: str, wanted: bool, unit: str = "it") -> Iterator[Item]:
+    """The items, with a bar on standard error that counts them where it is wanted."""
+    bars = _bars() if wanted else None
+    yield from items if bars is None else bars(items, name, unit=unit, leave=False)
+
+
+def _bars() -> Any:
+    """tqdm's class; None where it is not installed, which is said once."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        _say_missing()
+        return None
+    return tqdm
+
+
+@functools.cache
+def _say_missing() -> None:
+    print("fxprop: progress is not shown: pip install tqdm", file=sys.stderr)
+
+
 class _Display:
     """One line on standard error that a thread keeps current; there is none between stages."""
 
-    def __init__(self) -> None:
+    def __init__(self, bars: Any) -> None:
         self._begun, self._name = time.time(), ""
-        self._bar: tqdm[Any] | None = None
+        self._bars = bars
+        self._bar: Any = None
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -80,7 +104,7 @@ class _Display:
             self._bar = None
         elif self._name and time.time() - self._begun > _AFTER:
             if self._bar is None:
-                bar: tqdm[Any] = tqdm(bar_format="{desc} {elapsed}", leave=False, file=sys.stderr)
+                bar = self._bars(bar_format="{desc} {elapsed}", leave=False, file=sys.stderr)
                 bar.start_t = self._begun
                 self._bar = bar
             self._bar.set_description_str(f"fxprop: {self._name}")

@@ -1,6 +1,6 @@
 """The settings of policies, rules and operators: the one table, which everything that has settings reads.
 
-Policy, Rule, policy files, the command line, `explain`, the operators' keywords and the README's table all
+Policy, Rule, policy files, the command line, `explain`, the operators' keywords and the guide's table all
 follow `SETTINGS`. The classes beside it give the same names their types; tests/test_settings.py holds them
 together.
 """
@@ -104,7 +104,7 @@ class Setting:
 
     name: str
     default: Any
-    # what it may be, as errors and the README say it, and whether a value is that
+    # what it may be, as errors and the guide say it, and whether a value is that
     values: str
     check: Callable[[Any], bool]
     meaning: str
@@ -215,7 +215,7 @@ SETTINGS = (
         "regions",
         True,
         "one backward for a convolution with its norm and activation, or a linear layer with its "
-        "activation ([below](#speed))",
+        "activation ([regions](how-it-works.md#regions))",
         None,
     ),
     _choice(
@@ -227,7 +227,8 @@ SETTINGS = (
     _choice(
         "weight_grad",
         WeightGrad,
-        "weight gradients as sparse tensors with the kept rows ([below](#training))",
+        "weight gradients as sparse tensors with the kept rows "
+        "([more](training-stack.md#row-sparse-weight-gradients))",
         "weight_grad",
         _of_rows,
     ),
@@ -247,7 +248,7 @@ OF_EXAMPLES = (
         lambda v: v == "auto" or _is_share(v),
         "the share of the mini-batch's examples whose gradient enters the backward, chosen where it "
         'arrives at the model\'s outputs, or at what enters its loss; `"auto"` follows the spread of the '
-        "examples' gradient norms ([below](#whole-examples))",
+        "examples' gradient norms ([more](part-of-the-batch.md))",
     ),
     _choice(
         "examples_select",
@@ -317,7 +318,7 @@ def keywords(settings: LayerSettings) -> Iterator[tuple[str, Any]]:
 
 
 def as_markdown() -> str:
-    """The table as the README has it."""
+    """The table as the guide has it."""
     lines = ["| setting | values | meaning |", "|---|---|---|"]
     for setting in (*SETTINGS, *OF_EXAMPLES):
         words = setting.choices or ({"true or false": ("false", "true")}.get(setting.values, ()))

@@ -204,7 +204,7 @@ def test_layers(name):
 
 
 def test_interpolation_is_made_of_other_operators():
-    # torch does that wherever it traces with symbols; the README says so
+    # torch does that wherever it traces with symbols; the guide says so
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(6, 2, 1)
     )

@@ -319,11 +319,7 @@ def test_an_error_of_the_backward_is_caught_as_torchs_own_are():
     assert isinstance(caught.value, OpError)
 
 
-def test_every_error_is_of_the_family_and_in_the_readme(pytestconfig):
-    readme = (pytestconfig.rootpath / "README.md").read_text()
-    section = readme.partition("\n## Errors\n")[2].partition("\n## ")[0]
-    for name, error in vars(errors).items():
+def test_every_error_is_of_the_family():
+    for error in vars(errors).values():
         if isinstance(error, type):
             assert issubclass(error, FxpropError)
-            assert error.__doc__
-            assert f"`{name}`" in section

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import oracle
 import pytest
@@ -268,3 +269,32 @@ def test_settings_are_checked():
     assert fxprop.Policy.fast(0.1) == fxprop.Policy(
         keep=0.1, score="l2", score_fraction=0.25, norm_grad="kept", bias="selected"
     )
+
+
+def test_the_time_of_compiling_is_told_once_per_backward(monkeypatch, caplog):
+    from torch._dynamo.utils import counters
+
+    def compiling(x):
+        counters["stats"]["unique_graphs"] += 1
+        return x.sum()
+
+    class Compiles(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            fused.call_compiled(compiling, grad)
+            return grad
+
+    monkeypatch.setattr(fused, "_compile", lambda formula: formula)
+    monkeypatch.setattr(fused, "_WORTH_SAYING", 0.0)
+    x = torch.ones(3, requires_grad=True)
+    Compiles.apply(Compiles.apply(x)).sum().backward()
+    assert re.findall(r"compiling (\d) formulas by inductor took \d+\.\d s", caplog.text) == ["2"]
+    fused.call_compiled(compiling, torch.ones(3))  # and at once where there is no backward
+    assert re.findall(r"compiling (\d) formulas", caplog.text) == ["2", "1"]
+    caplog.clear()
+    fused.call_compiled(torch.sum, torch.ones(3))
+    assert caplog.text == ""

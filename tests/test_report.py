@@ -205,8 +205,8 @@ def test_schema(report):
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict()))
     assert list(data) == [
-        "schema", "model", "frontend", "mode", "fxprop", "torch", "flops_per_multiply_add", "layers", "totals", "untraced",
-        "examples", "policy",
+        "schema", "model", "frontend", "mode", "fxprop", "torch", "flops_per_multiply_add", "layers", "totals", "clock",
+        "untraced", "examples", "policy",
     ]  # fmt: skip
     assert (data["schema"], data["flops_per_multiply_add"]) == (1, 2)
     needed = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ import fxprop
 from fxprop import ops, settings
 from fxprop.cli import main as cli
 from fxprop.ops.keep import Keep
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 def fields_of(cls):
@@ -49,10 +46,6 @@ def test_every_default_may_be_given():
         if setting.default is not None:
             settings.check(setting.name, setting.default, "here")
             assert setting.read(str(setting.default)) in (setting.default, str(setting.default))
-
-
-def test_the_readme_has_the_table():
-    assert settings.as_markdown() in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [s.name for s in settings.SETTINGS if s.name not in ("keep", "k")])

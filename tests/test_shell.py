@@ -178,3 +178,11 @@ def test_commands_show_stages_on_a_terminal_only(monkeypatch, capsys, options, t
     written = watched(monkeypatch, terminal)
     assert cli.main(["report", *MODEL, *options]) == 0
     assert (f"building {MODEL[0]}" in written.getvalue()) == (terminal and not options)
+
+
+def test_alone_it_shows_what_to_do_first(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  fxprop (\w+) ", text, re.MULTILINE)
+    assert shown == ["report", "explain", "bench", "report"]
+    assert max(map(len, text.splitlines())) <= 80

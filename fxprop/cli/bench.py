@@ -8,7 +8,6 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import shtab
 import torch
 from torch import nn
 
@@ -64,7 +63,7 @@ def add_bench(commands: Any) -> None:
     add_tune_cache(bench)
     bench.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     picture = bench.add_argument("--plot", metavar="FILE", help="backward time over keep, .svg or .png")
-    complete_with(picture, shtab.FILE)
+    complete_with(picture, "FILE")
 
 
 def _bench(args: argparse.Namespace) -> str:

@@ -7,7 +7,6 @@ import os
 import sys
 from typing import Any
 
-import shtab
 from torch import nn
 
 from fxprop.cli.options import (
@@ -83,7 +82,7 @@ def add_code(commands: Any) -> None:
     )
     add_model_options(files)
     folder = files.add_argument("folder", metavar="DIR", help="created if it does not exist")
-    complete_with(folder, shtab.DIRECTORY)
+    complete_with(folder, "DIRECTORY")
     add_policy_options(files)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
-
-import shtab
 
 from fxprop.cli.models.sources import torchvision_names
 from fxprop.cli.options import MODELS, add_output_options, command
+from fxprop.errors import CommandError
 
 _SHELLS = ("bash", "zsh")
 
@@ -37,4 +37,20 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         "bash": f'{MODELS["bash"]}() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
         "zsh": f"{MODELS['zsh']}() {{ compadd {names}; _files; }}",
     }
+    try:
+        import shtab  # nothing else needs it
+    except ImportError as error:
+        raise CommandError("completion needs shtab, which is not installed: pip install shtab") from error
+    _name_kinds(parser, {"FILE": shtab.FILE, "DIRECTORY": shtab.DIRECTORY})
     return str(shtab.complete(parser, shell, preamble=models[shell]))
+
+
+def _name_kinds(parser: argparse.ArgumentParser, kinds: Mapping[str, Any]) -> None:
+    """What `complete_with` said by name, as shtab wants it."""
+    for action in parser._actions:
+        kind = getattr(action, "complete", None)
+        if isinstance(kind, str):
+            action.complete = kinds[kind]  # type: ignore[attr-defined]
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _name_kinds(inner, kinds)

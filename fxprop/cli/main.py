@@ -30,8 +30,31 @@ exit codes: 0, 1 with one line on standard error, 2 for wrong usage
 """
 
 
+_FIRST = """\
+fxprop: make a PyTorch model's backward pass cost less, and see what it saves.
+
+first, on a model of torchvision:
+  fxprop report resnet50 --keep 0.05          what is saved, in FLOPs and time
+  fxprop explain resnet50 conv1 --keep 0.05   one layer, and why
+  fxprop bench resnet50 --keep 0.25 0.05      measured here (some minutes)
+
+then on your own, made by a function make_net in mypackage/models.py:
+  fxprop report mypackage.models:make_net --input 32x3x64x64
+
+fxprop --help lists all commands; fxprop COMMAND --help options and examples.
+In Python: gm, report = fxprop.transform(model, 0.25, (images,))
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage (by argparse)."""
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage (by argparse).
+
+    Without arguments it shows what to do first.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(_FIRST, end="")
+        return 0
     args = _parser().parse_args(argv)
     try:
         with show_progress(shows_progress(args)):

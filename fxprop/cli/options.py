@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import shtab
-
 from fxprop import settings
 from fxprop.cli.models.sources import Loaded, Source, load
 from fxprop.errors import CommandError, ValuesNeededError
@@ -67,7 +65,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     weights = parser.add_argument(
         "--weights", metavar="NAME|FILE", help="torchvision weights, .safetensors or .pth file"
     )
-    complete_with(weights, shtab.FILE)
+    complete_with(weights, "FILE")
     parser.add_argument(
         "--frontend", choices=FRONTENDS, default="auto", help="how to get graphs (default: auto)"
     )
@@ -89,13 +87,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file (default, and -: standard output)",
     )
-    complete_with(output, shtab.FILE)
+    complete_with(output, "FILE")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def complete_with(action: argparse.Action, kind: Mapping[str, Any]) -> None:
-    """Say what a shell completes an argument with; shtab reads it there."""
+def complete_with(action: argparse.Action, kind: Mapping[str, str] | str) -> None:
+    """Say what a shell completes an argument with: "FILE", "DIRECTORY", or a function of each shell.
+
+    `fxprop.cli.completion` hands it to shtab.
+    """
     action.complete = kind  # type: ignore[attr-defined]
 
 
@@ -131,11 +132,11 @@ def add_policy_options(parser: argparse.ArgumentParser, several: bool = False) -
     file = parser.add_argument(
         "--policy", metavar="FILE", help=".toml or .json; the options above override its defaults"
     )
-    complete_with(file, shtab.FILE)
+    complete_with(file, "FILE")
 
 
 def _help(setting: settings.Setting) -> str:
-    """The table's text, without the links that only the README can follow."""
+    """The table's text, without the links that only the guide can follow."""
     meaning = re.sub(r" \(\[.*?\]\(.*?\)\)", "", setting.meaning).replace("`", "")
     return f"{meaning} ({setting.values}; default {setting.default})".replace("%", "%%")
 
@@ -145,7 +146,7 @@ def add_tune_cache(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument(
         "--tune-cache", metavar="FILE", help="JSON file to keep the timings of --tune in"
     )
-    complete_with(cache, shtab.FILE)
+    complete_with(cache, "FILE")
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

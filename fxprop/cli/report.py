@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from fxprop.report.forms import picture as plot
 from fxprop.report.report import WIDTH, Report
 from fxprop.report.wording import shape
 
+# columns of the list of layers that a narrow terminal does without, first those that say least
+_LEAST = ("type", "n row", "n element", "output", "op")
 _PICTURES = ("svg", "png", "pdf")
 
 
@@ -112,8 +116,19 @@ def _report(args: argparse.Namespace) -> str:
 
 def _layers(args: argparse.Namespace) -> str:
     sites = on_model(args, layers)
-    headers = ("layer", "type", "op", "weight", "output", *(f"n {select}" for select in SELECTIONS), "")
-    return tabulate([_row(site) for site in sites], headers, disable_numparse=True)
+    headers = ["layer", "type", "op", "weight", "output", *(f"n {select}" for select in SELECTIONS), ""]
+    rows = [_row(site) for site in sites]
+    # a table whose lines are broken cannot be read; whoever reads from a pipe wants all columns
+    width = shutil.get_terminal_size().columns if args.output == "-" and sys.stdout.isatty() else None
+    kept = list(range(len(headers)))
+    while True:
+        text = tabulate(
+            [[row[i] for i in kept] for row in rows], [headers[i] for i in kept], disable_numparse=True
+        )
+        least = next((i for name in _LEAST if (i := headers.index(name)) in kept), None)
+        if width is None or least is None or max(map(len, text.splitlines()), default=0) <= width:
+            return text
+        kept.remove(least)
 
 
 def _row(site: Site) -> Sequence[Any]:

@@ -102,6 +102,7 @@ class Recipe:
             untraced=self.untraced,
             policy=to_dict(self.writable_policy),
             examples=describe_examples(self.in_force, self.examined or Examined()),
+            measured=self.timing,
         )
 
     @property

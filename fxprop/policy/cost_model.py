@@ -2,7 +2,7 @@
 
 The dense backward is two products; the sparse one is two smaller products, a pass over grad_output for the
 scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; an
-entry that is moved from or to memory costs `_ENTRY` of them. Layers that fit in a cache are not modelled:
+entry that is moved from or to memory costs `ENTRY` of them. Layers that fit in a cache are not modelled:
 what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
 AVX-512 (examples/benchmarks/cost_model.py shows how well); `fxprop.tune` measures instead.
 """
@@ -16,15 +16,15 @@ from fxprop.plan.decisions import Sparsity
 from fxprop.plan.sites import Site
 
 # FLOPs in the time that one entry takes between memory and core
-_ENTRY = 60.0
+ENTRY = 60.0
 # entries of input, weight and output together that a core's cache holds
-_IN_CACHE = 2**18
+IN_CACHE = 2**18
 # FLOPs of a large product in the time of one FLOP of a depthwise convolution
-_DEPTHWISE = 12.0
+DEPTHWISE = 12.0
 # moves of its kept input and grad_input, besides those that a dense one makes too
-_DEPTHWISE_GATHER = 18.0
+DEPTHWISE_GATHER = 18.0
 # calls, and kernels that do less well on few channels
-_UNMODELLED = 1.15
+UNMODELLED = 1.15
 
 
 def region_wins(site: Site, sparsity: Sparsity) -> bool:
@@ -53,23 +53,23 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         return None
     sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
     needs = (site.needs_grad_input, site.needs_grad_weight)
-    if sum(sizes) < _IN_CACHE or not any(needs):
+    if sum(sizes) < IN_CACHE or not any(needs):
         return None
     share = sparsity.k / sparsity.n
-    flops = 2.0 * axes.multiply_adds * (_DEPTHWISE if axes.depthwise else 1)
+    flops = 2.0 * axes.multiply_adds * (DEPTHWISE if axes.depthwise else 1)
     dense = sparse = 0.0
     for needed, weight_is_written in zip(needs, (False, True), strict=True):
         if needed:
-            dense += flops + _ENTRY * sum(sizes)
-            sparse += share * flops + _ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
-            sparse += 1.5 * _ENTRY * sizes.weight * weight_is_written  # zeros first
+            dense += flops + ENTRY * sum(sizes)
+            sparse += share * flops + ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
+            sparse += 1.5 * ENTRY * sizes.weight * weight_is_written  # zeros first
     # in a region they come with the pass that the norm's or the activation's backward makes
     scored = 0 if sparsity.region else selection.scored(axes, sparsity)
     moved = selection.moved_once(sizes, share)
     if axes.depthwise:
-        moved += _DEPTHWISE_GATHER * share * sizes.input + sizes.input
-    sparse += _ENTRY * (scored + moved)
-    return dense / (_UNMODELLED * sparse)
+        moved += DEPTHWISE_GATHER * share * sizes.input + sizes.input
+    sparse += ENTRY * (scored + moved)
+    return dense / (UNMODELLED * sparse)
 
 
 def _is_pointwise(site: Site) -> bool:

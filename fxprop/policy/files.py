@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from fxprop import settings
 from fxprop.errors import PolicyError
 from fxprop.policy.policy import Policy, Rule, rule_fields
@@ -99,7 +97,18 @@ def to_json(policy: Policy) -> str:
 
 def to_toml(policy: Policy) -> str:
     """The policy as TOML text."""
-    return tomli_w.dumps(to_dict(policy))
+    return as_toml(to_dict(policy))
+
+
+def as_toml(data: Mapping[str, Any]) -> str:
+    """A policy's plain data as a TOML file; PolicyError without tomli-w."""
+    try:
+        import tomli_w  # the standard library only reads TOML
+    except ImportError as error:
+        raise PolicyError(
+            "writing TOML needs tomli-w, which is not installed: pip install tomli-w"
+        ) from error
+    return tomli_w.dumps(data)
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

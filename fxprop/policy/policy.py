@@ -179,7 +179,7 @@ class Policy(settings.Settings, settings.ExampleSettings):
 
         Scores (score="l2") come from a quarter of the batch, and biases and a batch-norm behind a
         convolution get gradients for the kept channels only. `others` override these, or add rules. The
-        README compares speed, gradients and accuracy with the exact rule's.
+        guide compares speed, gradients and accuracy with the exact rule's.
         """
         fast: dict[str, Any] = {
             "score": "l2",

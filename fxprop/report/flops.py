@@ -13,6 +13,7 @@ from typing import Any
 from fxprop.ops.scores import count_of
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Chain, Decision, Plan
+from fxprop.policy import step_time
 from fxprop.report.records import ExamplesKept, Gradients, Layer
 from fxprop.report.report import Report
 
@@ -28,11 +29,12 @@ def make_report(
     untraced: Mapping[str, str] | None = None,
     policy: Mapping[str, Any] | None = None,
     examples: ExamplesKept | None = None,
+    measured: step_time.Measured = lambda decision: None,
 ) -> Report:
     """The report on `plan`, for a model whose whole dense backward takes `backward_flops`.
 
     Where that is None, shapes are unknown and so are the numbers. Of `examples`, what is kept of the
-    mini-batch is a factor on everything but `dense`.
+    mini-batch is a factor on everything but `dense`. `measured` gives the times of layers that were timed.
     """
     counted = backward_flops is not None
     kept = (1, 1) if examples is None else examples.factor
@@ -51,6 +53,7 @@ def make_report(
         untraced=tuple((untraced or {}).items()),
         policy=policy,
         examples=examples,
+        clock=None if other is None else step_time.predict(plan, other, kept, measured),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fxprop.ops.axes import Shape
 from fxprop.plan.decisions import Status
+from fxprop.policy.step_time import Clock
 from fxprop.report.units import Unit
 from fxprop.settings import ExamplesSelect, Select, WeightGrad
 from fxprop.version import __version__
@@ -201,6 +202,8 @@ class ReportData:
     untraced: tuple[tuple[str, str], ...] = ()
     # what part of the mini-batch enters the backward; None where the policy takes all
     examples: ExamplesKept | None = None
+    # how many times as fast backward and step should be; None where nothing is left out, or not known
+    clock: Clock | None = None
     # the policy as in a policy file
     policy: Mapping[str, Any] | None = field(default=None, hash=False)
 
@@ -248,6 +251,7 @@ class ReportData:
             "flops_per_multiply_add": 2,
             "layers": [layer.to_dict() for layer in self.layers],
             "totals": vars(self.totals),
+            "clock": None if self.clock is None else self.clock.to_dict(),
             "untraced": [{"name": name, "reason": reason} for name, reason in self.untraced],
             "examples": None if self.examples is None else vars(self.examples),
             "policy": None if self.policy is None else dict(self.policy),

@@ -7,8 +7,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
+from fxprop.errors import ReportError
 from fxprop.report.by_module import Depth
-from fxprop.report.forms import csv, page, picture, text
+from fxprop.report.forms import csv, picture, text
 from fxprop.report.records import ReportData
 
 # of a text that goes to no terminal
@@ -65,12 +66,20 @@ class Report(ReportData):
         >>> Path("report.html").write_text(report.to_html(fxprop.code_diff(gm)), encoding="utf-8")
 
         Nothing is loaded from elsewhere; names are escaped. `code_diff`, and
-        `backward` (of a policy with examples), are shown folded.
+        `backward` (of a policy with examples), are shown folded. Raises ReportError without jinja2.
         """
+        try:
+            from fxprop.report.forms import page  # jinja2 is needed here alone
+        except ImportError as error:
+            raise ReportError("a page needs jinja2, which is not installed: pip install jinja2") from error
         return page.to_page(self, code_diff, backward)
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; the text, where there is no jinja2."""
+        try:
+            from fxprop.report.forms import page
+        except ImportError:
+            return None
         return page.to_fragment(self)
 
     def plot(self, file: str | os.PathLike[str]) -> None:

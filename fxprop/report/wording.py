@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fxprop.ops.selections import SELECTIONS
+from fxprop.report import learning
 from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
 from fxprop.report.units import percent, scaled
@@ -38,6 +39,7 @@ def notes(report: ReportData) -> list[str]:
             f"Forward of the listed layers: {report.unit.text(totals.forward)} {report.unit}. Scoring and "
             f"top-k: {scaled(totals.select_ops)} element operations.",
         ]
+    lines += [line for line in (on_the_clock(report), learning.of_settings(report)) if line]
     masking = {layer.select for layer in report.layers if layer.select} - _EXECUTING
     if masking:
         lines.append(
@@ -55,6 +57,26 @@ def notes(report: ReportData) -> list[str]:
     left_out = Counter(why for layer in report.layers for why in layer.left_out)
     lines += [f"Ignored at {count} layers: {why}." for why, count in left_out.items()]
     return [*lines, *([report.note] if report.note else [])]
+
+
+def on_the_clock(report: ReportData) -> str:
+    """What the FLOPs saved should come to in time; empty where that is not known."""
+    clock = report.clock
+    if clock is None:
+        unknown = (
+            "FLOPs are not time. Layers this small are not predicted on the clock; fxprop bench measures."
+        )
+        return unknown if report.totals.saving else ""
+    basis = f"predicted for a {clock.machine}, with SGD; fxprop bench measures"
+    if clock.layers_measured:
+        basis = (
+            f"{clock.layers_measured} layers timed on {clock.machine}, the rest of the model predicted; "
+            "fxprop bench measures all of it"
+        )
+    return (
+        f"FLOPs are not time. On the clock: backward {clock.backward:.1f}x, whole step {clock.step:.1f}x "
+        f"as fast as dense ({basis})."
+    )
 
 
 def describe_examples(report: ReportData) -> str:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprop.errors import InputError
 from fxprop.pipeline.arguments import ExampleInputs
@@ -21,6 +20,8 @@ from fxprop.pipeline.recipe import is_transformed, recipe_of
 from fxprop.pipeline.transform import transform
 from fxprop.policy.files import PolicyLike, as_policy
 from fxprop.policy.policy import Policy
+from fxprop.policy.step_time import Clock
+from fxprop.progress import count
 from fxprop.pytree import tree_leaves
 from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.timing.tune import site_times, tune
@@ -72,6 +73,7 @@ def measure(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modules: dict[str, nn.Module] = {"dense": model}
     savings: dict[str, tuple[float, int, float | None]] = {"dense": (0.0, 0, None)}
+    clocks: dict[str, Clock | None] = {}
     for policy in map(as_policy, given):
         gm, report = transform(
             model, policy, example_inputs, example_kwargs=example_kwargs, **transform_options
@@ -79,7 +81,7 @@ def measure(
         if tuned:
             report = tune(gm, example_inputs, example_kwargs=example_kwargs, cache=cache, progress=progress)
         name = _name(policy, modules)
-        modules[name] = gm
+        modules[name], clocks[name] = gm, report.clock
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
         savings[name] = (report.totals.saving or 0.0, rewritten, None if policy.rules else policy.keep)
     times_of = {
@@ -93,7 +95,7 @@ def measure(
     }
     steps: dict[str, list[Step]] = {name: [] for name in modules}
     try:
-        for round_ in tqdm(range(rounds + _WARM_UP), "steps", disable=not progress, leave=False):
+        for round_ in count(range(rounds + _WARM_UP), "steps", progress):
             for name, runner in runners.items():
                 step = runner.step()
                 if round_ >= _WARM_UP:
@@ -111,6 +113,7 @@ def measure(
             tuple(steps[name]),
             *memory[name],
             tuple(SiteRow(site.name, s.k, s.n, *times) for site, s, times in times_of[name]),
+            clocks.get(name),
         )
         for name in modules
     ]

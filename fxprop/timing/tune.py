@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fxprop.errors import InputError
 from fxprop.pipeline.arguments import ExampleInputs
@@ -20,6 +19,7 @@ from fxprop.pipeline.recipe import attach, recipe_of
 from fxprop.pipeline.transform import layers, restore
 from fxprop.plan.decisions import Decision, Sparsity, Timing
 from fxprop.plan.sites import Site
+from fxprop.progress import count
 from fxprop.report.report import Report
 from fxprop.timing.layer_times import Conditions, SiteTimes, can_time, key, time_site
 
@@ -69,7 +69,7 @@ def tune(
     rewritten = {
         (d.site.name, d.sparsity): d for plan in recipe.plans.values() for d in plan.rewritten if d.sparsity
     }
-    for decision in tqdm(rewritten.values(), "tuning", unit="layer", disable=not progress, leave=False):
+    for decision in count(rewritten.values(), "tuning", progress, "layer"):
         site = with_shapes_of(decision, shapes)
         assert decision.sparsity is not None
         sparsity = decision.sparsity.alone
@@ -132,7 +132,7 @@ def site_times(
     plan = recipe.plans.get(inner.training) or recipe.plans[not inner.training]
     known: dict[str, SiteTimes] = {}
     timed = []
-    for decision in tqdm(plan.rewritten, "layers", unit="layer", disable=not progress, leave=False):
+    for decision in count(plan.rewritten, "layers", progress, "layer"):
         site, sparsity = decision.site, decision.sparsity
         assert sparsity is not None
         if can_time(site):

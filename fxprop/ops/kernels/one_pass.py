@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,7 +30,12 @@ _WORTH_COMPILING = 2**18
 # entries that stay in a core's cache between two passes over them
 _CACHED = 2**17
 
+# seconds from which on a user should know why the first backward was slow
+_WORTH_SAYING = 2.0
+
 _broken: list[str] = []
+# seconds that compiling took in the backward that runs
+_compiled: list[float] = []
 
 
 def compiles(tensor: Tensor) -> bool:
@@ -50,12 +56,45 @@ def call_compiled(formula: Formula[Result], *args: Any) -> Result | None:
     except RuntimeError as error:  # torch.compile refuses some platforms altogether
         _give_up(error)
         return None
+    before, start = _graphs(), time.perf_counter()
     try:
         result: Result = run(*args)
     except _compilers_errors() as error:
         _give_up(error)
         return None
+    if _graphs() != before:
+        _tell_at_the_end(time.perf_counter() - start)
     return result
+
+
+def _graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    from torch._dynamo.utils import counters  # slow to import, and there since `_compile`
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _tell_at_the_end(seconds: float) -> None:
+    """Say once per backward how long compiling took: the first one would be slow without a word."""
+    _compiled.append(seconds)
+    if len(_compiled) > 1:
+        return
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(_tell)
+    except RuntimeError:  # not in a backward
+        _tell()
+
+
+def _tell() -> None:
+    count, seconds = len(_compiled), sum(_compiled)
+    _compiled.clear()
+    _log.log(
+        logging.WARNING if seconds >= _WORTH_SAYING else logging.INFO,
+        "fxprop: compiling %d formulas by inductor took %.1f s of this backward, and none of the next: "
+        "torch keeps them, also on disk (FXPROP_FUSE=0 in the environment does without)",
+        count,
+        seconds,
+    )
 
 
 def _compilers_errors() -> tuple[type[Exception], ...]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import tomli_w
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fxprop.policy.files import as_toml
 from fxprop.report import wording
 from fxprop.report.by_module import Row
 from fxprop.report.forms.diff_colours import as_html
@@ -146,7 +146,11 @@ class View:
     def headline(self) -> str:
         """What a reader takes away."""
         saving = self.report.totals.saving
-        return "the rewrite" if saving is None else f"{percent(saving)} of the backward's FLOPs saved"
+        if saving is None:
+            return "the rewrite"
+        clock = self.report.clock
+        faster = "" if clock is None else f", {clock.basis} step {clock.step:.1f}x as fast"
+        return f"{percent(saving)} of the backward's FLOPs saved{faster}"
 
     @property
     def title(self) -> str:
@@ -172,6 +176,12 @@ class View:
             Fact("backward, executed", f"{unit.text(executed)} {unit}"),
             Fact("saved", percent(totals.saving), f"{unit.text(dense - executed)} {unit}"),
         ]
+        if (clock := self.report.clock) is not None:
+            basis = f"{clock.basis}, {clock.machine}"
+            facts += [
+                Fact("backward on the clock", f"{clock.backward:.1f}x", f"as fast ({basis})"),
+                Fact("whole step on the clock", f"{clock.step:.1f}x", f"as fast ({basis})"),
+            ]
         most = max(self.rows, key=lambda row: row.saved, default=None)
         if most is not None and most.saved > 0:
             others = sum(row.saved == most.saved for row in self.rows) - 1
@@ -204,7 +214,7 @@ class View:
     @property
     def policy(self) -> str:
         """The policy as a TOML file."""
-        return "" if self.report.policy is None else tomli_w.dumps(self.report.policy)
+        return "" if self.report.policy is None else as_toml(self.report.policy)
 
     def decision(self, layer: Layer) -> str:
         """What is done with a layer, in a word or two."""

@@ -25,8 +25,12 @@ def figure(report: ReportData) -> Any:
     for column, colour in (("dense", "#c9ced6"), ("executed", "#1f6feb")):
         heights = [getattr(layer, column).total / unit.size for layer in layers]
         axes.bar(positions, heights, width=0.85, color=colour, label=column)
+    clock = report.clock
+    faster = ""
+    if clock is not None:
+        faster = f"\n{clock.basis}: backward {clock.backward:.1f}x, whole step {clock.step:.1f}x as fast"
     axes.set(
-        title=f"{report.model}: {percent(totals.saving)} of the backward's FLOPs saved",
+        title=f"{report.model}: {percent(totals.saving)} of the backward's FLOPs saved{faster}",
         ylabel=f"backward {unit} per layer",
         xlim=(-0.6, len(layers) - 0.4),
     )
