@@ -1,0 +1,136 @@
+"""How the backward is made: each method by its name."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxprop
+
+
+@dataclass
+class Method:
+    """A module to train, and what is done to it in the course of a budget."""
+
+    module: nn.Module
+    # called before each step with the share of the budget that is spent
+    at: Callable[[float], None] = lambda done: None
+    # the share of the examples that entered the last backward
+    kept: Callable[[], float] = lambda: 1.0
+    # after the steps that warm up: forget what they taught
+    forget: Callable[[], None] = lambda: None
+    # what the report of results says of it
+    remark: str = ""
+
+
+Maker = Callable[[nn.Module, Tensor, float], Method]
+METHODS: dict[str, Maker] = {}
+
+
+def method(name: str) -> Callable[[Maker], Maker]:
+    def register(make: Maker) -> Maker:
+        METHODS[name] = make
+        return make
+
+    return register
+
+
+@method("dense")
+def dense(model: nn.Module, x: Tensor, budget: float) -> Method:
+    """Plain PyTorch."""
+    return Method(model)
+
+
+@method("all-dense")
+def all_dense(model: nn.Module, x: Tensor, budget: float) -> Method:
+    """A policy that leaves every layer dense: must cost nothing."""
+    return Method(fxprop.transform(model, 1.0, (x,)).module)
+
+
+@method("examples-100")
+def all_examples(model: nn.Module, x: Tensor, budget: float) -> Method:
+    """Part of the mini-batch is possible, and all of it is taken."""
+    made = with_examples(0.5)(model, x, budget)
+    fxprop.set_keep(made.module, examples=1.0)
+    return made
+
+
+def with_examples(share: Any, first: float = 0.0, **settings: Any) -> Maker:
+    """Part of the mini-batch, after a dense part of the budget."""
+
+    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
+        policy = fxprop.Policy(examples=share, **settings)
+        gm, _ = fxprop.transform(model, policy, (x,))
+        in_force = [share]
+
+        def at(done: float) -> None:
+            wanted = 1.0 if done < first else share
+            if wanted != in_force[0]:
+                fxprop.set_keep(gm, examples=wanted)
+                in_force[0] = wanted
+
+        def kept() -> float:
+            last = fxprop.kept_examples(gm)
+            return 1.0 if last is None else last.share
+
+        scheduler = fxprop.KeepScheduler(gm, examples=lambda step: share)
+        before = scheduler.state_dict()["examples"]
+
+        def forget() -> None:
+            scheduler.load_state_dict({**scheduler.state_dict(), "examples": before})
+
+        return Method(gm, at, kept, forget)
+
+    return make
+
+
+def with_policy(**settings: Any) -> Maker:
+    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
+        gm, report = fxprop.transform(model, fxprop.Policy(**settings), (x,))
+        rewritten = sum(layer.status == "rewritten" for layer in report.layers)
+        return Method(gm, remark=f"{rewritten} of {len(report.layers)} layers")
+
+    return make
+
+
+def frozen(*parts: str) -> Maker:
+    """Dense, without gradients for the parts of the model that these names begin."""
+
+    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(parts))
+        return Method(model)
+
+    return make
+
+
+METHODS["examples-auto"] = with_examples("auto")
+METHODS["examples-auto-late"] = with_examples("auto", first=0.2)
+METHODS["examples-50"] = with_examples(0.5)
+METHODS["examples-50-late"] = with_examples(0.5, first=0.2)
+METHODS["examples-50-random"] = with_examples(0.5, examples_select="random")
+# paper: what 1706.06197 and 1709.05804 propose
+METHODS["channel-25"] = with_policy(keep=0.25, score="l2")
+METHODS["channel-5"] = with_policy(keep=0.05, score="l2")
+METHODS["channel-25-random"] = with_policy(keep=0.25, score="random")
+METHODS["element-5"] = with_policy(keep=0.05, select="element")
+METHODS["frozen-2"] = frozen("stem", "stage1")
+METHODS["frozen-3"] = frozen("stem", "stage1", "stage2")
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Leaves parameters, buffers and torch's generator as they were."""
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                value.copy_(before[name])
+        module.zero_grad()
