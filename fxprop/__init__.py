@@ -47,10 +47,13 @@ from fxprop.timing.measure import measure
 from fxprop.timing.measurement import Measurement
 from fxprop.timing.tune import tune
 from fxprop.training import schedules
+from fxprop.training.fidelity import fidelity
+from fxprop.training.fidelity_table import Fidelity
 from fxprop.training.scheduler import KeepScheduler
 from fxprop.version import __version__
 
 __all__ = [
+    "Fidelity",
     "FxpropError",
     "KeepScheduler",
     "Measurement",
@@ -64,6 +67,7 @@ __all__ = [
     "dump",
     "estimate",
     "explain",
+    "fidelity",
     "kept_examples",
     "layers",
     "load_policy",

@@ -16,6 +16,7 @@ the same mini-batches for all methods that have the same batch size. Each finish
 
 import argparse
 import datetime
+import itertools
 import platform
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def parse(argv):
     parser.add_argument("--tuned", nargs="+", choices=METHODS, default=["dense", "examples-auto"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[30.0], help="seconds, one or several")
     parser.add_argument("--grid-budget", type=float, help="seconds; the least of --budgets unless given")
+    parser.add_argument("--grid-seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.1])
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--seeds", type=int, default=5)
@@ -98,9 +100,9 @@ def main(argv=None):
     several = len(args.lr) * len(args.batch) > 1
     best = {}
     for name in args.tuned if several else []:
-        for batch in args.batch:
-            for lr in args.lr:
-                once(method=name, budget=grid_budget, lr=lr, batch=batch, seed=GRID_SEED, grid=True)
+        for batch, lr, seed in itertools.product(args.batch, args.lr, range(args.grid_seeds)):
+            key = {"budget": grid_budget, "lr": lr, "batch": batch, "seed": GRID_SEED + seed}
+            once(method=name, **key, grid=True)
         wanted = {"task": args.task, "clock": args.clock, "threads": args.threads}
         best[name] = kept.best({**wanted, "method": name, "budget": grid_budget})
         print(f"{name}: learning rate {best[name][0]:g}, batch size {best[name][1]}", flush=True)

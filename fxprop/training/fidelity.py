@@ -34,8 +34,7 @@ def fidelity(
     """Compare the parameters' gradients by the policy in force with the dense ones, before training.
 
     >>> gm, report = fxprop.transform(model, 0.25, (x,))
-    >>> def loss(model, batch): return F.cross_entropy(model(batch[0]), batch[1])
-    >>> print(fxprop.fidelity(gm, [(images, labels), (more_images, more_labels)], loss))
+    >>> print(fxprop.fidelity(gm, loader, lambda gm, batch: loss(gm(batch[0]), batch[1])))
 
     Args:
         gm: what `fxprop.transform` returned, in the mode to be looked at, also wrapped by

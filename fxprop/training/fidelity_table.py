@@ -122,8 +122,8 @@ class Fidelity:
                 tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=_ALIGN),
                 "",
                 "energy: kept share of the squared output gradient. norm: sparse over dense.",
-                "progress: on another mini-batch, by a small step, dense = 1; at best rate: with each at its",
-                "best. Sparse training can pay where progress times the speed of its steps is above 1.",
+                "progress: on another mini-batch, by a small step, dense = 1; at best rate: each at its",
+                "own. Sparse training can pay where progress times the speed of its steps is above 1.",
             )
         )
 
