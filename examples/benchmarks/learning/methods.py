@@ -96,13 +96,13 @@ def with_policy(**settings: Any) -> Maker:
     return make
 
 
-def frozen(*parts: str) -> Maker:
-    """Dense, without gradients for the parts of the model that these names begin."""
+def frozen(*parts: str, then: Maker = dense) -> Maker:
+    """Without gradients for the parts of the model whose names begin so."""
 
     def make(model: nn.Module, x: Tensor, budget: float) -> Method:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(parts))
-        return Method(model)
+        return then(model, x, budget)
 
     return make
 
@@ -118,6 +118,7 @@ METHODS["channel-5"] = with_policy(keep=0.05, score="l2")
 METHODS["channel-25-random"] = with_policy(keep=0.25, score="random")
 METHODS["element-5"] = with_policy(keep=0.05, select="element")
 METHODS["frozen-2"] = frozen("stem", "stage1")
+METHODS["frozen-2-auto"] = frozen("stem", "stage1", then=with_examples("auto"))
 METHODS["frozen-3"] = frozen("stem", "stage1", "stage2")
 
 
