@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprop.errors import InputError
 from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.ops.engine import observing
-from fxprop.pipeline.put_in_force import put_in_force, unwrap
-from fxprop.pipeline.recipe import Recipe, attach, recipe_of
-from fxprop.pipeline.set_keep import chosen_in, kept_examples
+from fxprop.pipeline.recipe import Recipe
+from fxprop.pipeline.set_keep import kept_examples
 from fxprop.policy.policy import Policy
 from fxprop.training.fidelity_table import Fidelity, Products, Row
+from fxprop.training.gradients import Compared, Gradients, products_of
 
 Batch = TypeVar("Batch")
-Gradients = Mapping[str, Tensor]
 
 
 def fidelity(
@@ -57,37 +54,25 @@ def fidelity(
     InputError for fewer than two mini-batches or a loss without a gradient. Source: the protocol of
     progress is that of GreenTrainer's importance (2309.13192), taken on a second mini-batch.
     """
-    inner = unwrap(gm)
-    recipe, given = recipe_of(inner), list(batches)
-    if len(given) < 2:
-        raise InputError(
-            f"fidelity got {len(given)} of at least two mini-batches: progress is measured on another one"
-        )
-    dense = replace(recipe.in_force, keep=1.0, k=None, rules=(), examples=1.0, select="channel")
-    bar = tqdm(total=3 * len(given), desc="gradients", disable=not progress, leave=False)
-    states: list[Tensor] = []
+    compared = Compared(gm, batches, loss)
+    recipe = compared.recipe
+    bar = tqdm(total=3 * len(compared.batches), desc="gradients", disable=not progress, leave=False)
 
     def gradients(policy: Policy) -> Iterator[Gradients]:
-        with _in_force(inner, recipe, policy):
-            for batch, state in zip(given, states, strict=True):
-                torch.set_rng_state(state)
-                yield _gradients(gm, batch, loss)
-                bar.update()
+        for found in compared.gradients(policy):
+            yield found
+            bar.update()
 
-    with _as_it_was(inner), bar:
-        for _ in given:
-            states.append(torch.get_rng_state())
-            torch.rand(())
-        of_dense = list(gradients(dense))
-        shares = []
-        of_sparse = []
+    shares = []
+    with compared.as_it_was(), bar:
+        of_dense, of_sparse = list(gradients(compared.dense)), []
         for found in gradients(recipe.in_force):
             of_sparse.append(found)
             kept = kept_examples(gm)
             shares.append(1.0 if kept is None else kept.share)
-        energies = _energies(inner, recipe, gradients)
-    names = {name: _products(name, of_dense, of_sparse) for name in of_dense[0]}
-    return _collect(inner, recipe, names, energies, sum(shares) / len(shares), len(given))
+        energies = energies_of(compared.inner, recipe, gradients)
+    products = products_of(of_dense, of_sparse)
+    return _collect(compared.inner, recipe, products, energies, sum(shares) / len(shares), len(shares))
 
 
 def _collect(
@@ -102,7 +87,7 @@ def _collect(
     weights = {id(p): name for name, p in gm.named_parameters()}
     rows, taken = [], set()
     for decision in plan.decisions:
-        name = _weight_of(gm, decision.site.name, weights)
+        name = weight_of(gm, decision.site.name, weights)
         if name is None or name in taken or name not in products:
             continue
         taken.add(name)
@@ -117,7 +102,7 @@ def _collect(
     return Fidelity(recipe.model, batches, examples, (*rows, *others), overall)
 
 
-def _weight_of(gm: nn.Module, site: str, names: Mapping[int, str]) -> str | None:
+def weight_of(gm: nn.Module, site: str, names: Mapping[int, str]) -> str | None:
     """The name of the parameter that is a site's weight; None where it is computed, or has another name."""
     name = site.partition("#")[0]
     for candidate in (f"{name}.weight", name, name.removesuffix(".in_proj") + ".in_proj_weight"):
@@ -128,7 +113,7 @@ def _weight_of(gm: nn.Module, site: str, names: Mapping[int, str]) -> str | None
     return None
 
 
-def _energies(
+def energies_of(
     gm: nn.Module, recipe: Recipe, gradients: Callable[[Policy], Iterator[Gradients]]
 ) -> dict[str, tuple[float, float]]:
     """Of each weight's layer, the squares of grad_output and of what is kept of it, over all mini-batches.
@@ -152,61 +137,5 @@ def _energies(
     return found
 
 
-def _gradients(gm: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> Gradients:
-    named = {name: p for name, p in gm.named_parameters() if p.requires_grad}
-    value = loss(gm, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise InputError(f"the loss is {value!r}: expected a tensor with one value, and with a gradient")
-    grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if grad is None else grad.to_dense().detach()
-        for (name, p), grad in zip(named.items(), grads, strict=True)
-    }
-
-
-def _products(name: str, dense: list[Gradients], sparse: list[Gradients]) -> Products:
-    found = []
-    for i, (g, h) in enumerate(zip(dense, sparse, strict=True)):
-        after = dense[(i + 1) % len(dense)]
-        pairs = ((g, g), (h, h), (h, g), (g, after), (h, after))
-        found.append(Products(*(_dot(a[name], b[name]) for a, b in pairs)))
-    return Products.total(found)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.flatten().double(), b.flatten().double()))
-
-
 def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
-
-
-@contextlib.contextmanager
-def _in_force(gm: nn.Module, recipe: Recipe, policy: Policy) -> Iterator[None]:
-    if policy is recipe.in_force:
-        yield
-        return
-    put_in_force(gm, recipe, policy)
-    try:
-        yield
-    finally:
-        put_in_force(gm, recipe, recipe.in_force)
-        attach(gm, recipe)
-
-
-@contextlib.contextmanager
-def _as_it_was(gm: nn.Module) -> Iterator[None]:
-    """Buffers, random state and what "auto" has learnt."""
-    buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    choice, state = chosen_in(gm), torch.get_rng_state()
-    learnt, last = (None, None) if choice is None else (choice.state_dict(), choice.last)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        with torch.no_grad():
-            for name, buffer in gm.named_buffers():
-                buffer.copy_(buffers[name])
-        if choice is not None and learnt is not None:
-            choice.load_state_dict(learnt)
-            choice.last = last
