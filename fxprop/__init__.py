@@ -48,12 +48,11 @@ from fxprop.timing.measurement import Measurement
 from fxprop.timing.tune import tune
 from fxprop.training import schedules
 from fxprop.training.fidelity import fidelity
-from fxprop.training.fidelity_table import Fidelity
+from fxprop.training.recommend import recommend
 from fxprop.training.scheduler import KeepScheduler
 from fxprop.version import __version__
 
 __all__ = [
-    "Fidelity",
     "FxpropError",
     "KeepScheduler",
     "Measurement",
@@ -73,6 +72,7 @@ __all__ = [
     "load_policy",
     "measure",
     "ops",
+    "recommend",
     "register_site",
     "restore",
     "schedules",

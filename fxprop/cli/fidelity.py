@@ -1,40 +1,32 @@
-"""`fxprop fidelity`: how close the gradients by a policy are to the dense ones."""
+"""`fxprop fidelity` and `fxprop plan`: what a policy's gradients are worth, and which policy pays."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import shtab
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from fxprop.cli.models.sources import named_object
+from fxprop.cli.batches import add_batches_options, batches_and_loss
 from fxprop.cli.options import (
     add_model_options,
     add_policy_options,
     by_policy,
     command,
     complete_with,
-    positive,
+    on_model,
     shows_progress,
 )
-from fxprop.errors import CommandError
 from fxprop.pipeline.transform import transform
+from fxprop.policy.files import to_toml
 from fxprop.policy.policy import Policy
-from fxprop.pytree import tree_leaves, tree_map
 from fxprop.training.fidelity import fidelity
-
-_Loss = Callable[[Tensor, Tensor], Tensor]
-_LOSSES: dict[str, _Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+from fxprop.training.recommend import recommend
 
 
 def add_fidelity(commands: Any) -> None:
-    """Add the command to the parser's subcommands."""
+    """Add the commands to the parser's subcommands."""
     parser = command(
         commands,
         "fidelity",
@@ -48,27 +40,35 @@ def add_fidelity(commands: Any) -> None:
     )
     add_model_options(parser)
     add_policy_options(parser)
-    parser.add_argument(
-        "--batches",
-        metavar="PACKAGE.MODULE:NAME",
-        help="a function without arguments that gives mini-batches, pairs of input and labels (default: "
-        "random numbers of the shape of the input, and the mean square of the outputs for a loss)",
-    )
-    parser.add_argument("--loss", choices=tuple(_LOSSES), default="cross_entropy", help="with --batches")
-    parser.add_argument("--count", type=positive, default=4, help="mini-batches, at most (default 4)")
+    add_batches_options(parser)
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     picture = parser.add_argument("--plot", metavar="FILE", help="energy, cosine, progress; .svg or .png")
     complete_with(picture, shtab.FILE)
 
+    plan = command(
+        commands,
+        "plan",
+        "find the policy that makes most progress per second on this machine, or dense",
+        """
+        fxprop plan resnet18 --batches mypackage.data:train_batches
+        fxprop plan resnet18 --weights DEFAULT --batches mypackage.data:train_batches --freeze
+        fxprop plan vit_b_16 --input 8x3x224x224
+        """,
+        _plan,
+    )
+    add_model_options(plan)
+    add_batches_options(plan)
+    plan.add_argument(
+        "--freeze", action="store_true", help="for fine-tuning: also try to leave out the first parts"
+    )
+    plan.add_argument(
+        "--format", choices=("text", "markdown", "json", "toml"), default="text", help="toml: a policy file"
+    )
+
 
 def _fidelity(args: argparse.Namespace) -> str:
     def compare(model: nn.Module, policy: Policy, inputs: Any, **options: Any) -> str:
-        kwargs = options["example_kwargs"]
-        if args.batches is None:
-            batches = [tree_map(_another, (tuple(inputs or ()), kwargs)) for _ in range(max(args.count, 2))]
-            loss: Callable[[nn.Module, Any], Tensor] = _mean_square
-        else:
-            batches, loss = _batches(args), functools.partial(_labelled, _LOSSES[args.loss])
+        batches, loss = batches_and_loss(args, inputs, options["example_kwargs"])
         gm = transform(model, policy, inputs, **options).module
         found = fidelity(gm, batches, loss, progress=shows_progress(args))
         if args.plot is not None:
@@ -82,30 +82,17 @@ def _fidelity(args: argparse.Namespace) -> str:
     return text
 
 
-def _another(value: Any) -> Any:
-    """A tensor of random numbers of the same kind; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.rand_like(value) if value.is_floating_point() else value[torch.randperm(len(value))]
+def _plan(args: argparse.Namespace) -> str:
+    def find(model: nn.Module, inputs: Any, **options: Any) -> str:
+        batches, loss = batches_and_loss(args, inputs, options["example_kwargs"])
+        gm = transform(model, 1.0, inputs, **options).module
+        found = recommend(gm, batches, loss, freeze=args.freeze, progress=shows_progress(args))
+        if args.format == "json":
+            return found.to_json()
+        if args.format == "toml":
+            return to_toml(found.policy)
+        style = "github" if args.format == "markdown" else "simple"
+        return found.render(style, judged=args.batches is not None)
 
-
-def _mean_square(gm: nn.Module, batch: Any) -> Tensor:
-    args, kwargs = batch
-    outputs = [t for t in tree_leaves(gm(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack([t.float().square().mean() for t in outputs]).sum()
-
-
-def _labelled(loss: _Loss, gm: nn.Module, batch: Any) -> Tensor:
-    return loss(gm(batch[0]), batch[1])
-
-
-def _batches(args: argparse.Namespace) -> list[Any]:
-    make = named_object(args.batches)
-    try:
-        batches = list(itertools.islice(make() if callable(make) else make, args.count))
-    except Exception as error:
-        raise CommandError(f"--batches {args.batches}: {type(error).__name__}: {error}") from error
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise CommandError(f"--batches {args.batches}: expected pairs of input and labels")
-    return batches
+    text: str = on_model(args, find, real=True)
+    return text
