@@ -29,6 +29,11 @@ def tiny():
     return tasks.Task("tiny", make, images, images.first(10), images.first(20), "sgd")
 
 
+def setting(task):
+    batches = [task.examples(8)] * 2
+    return methods.Setting(batches, tasks.loss_of, lambda: 0.0, task.pretrained)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that is one second further at each look."""
@@ -65,7 +70,7 @@ def test_methods_of_a_seed_see_the_same(clock):
 def test_warming_up_teaches_nothing():
     task = tiny()
     torch.manual_seed(0)
-    method = methods.METHODS["examples-auto-late"](task.make_model(), task.examples(8)[0], 1.0)
+    method = methods.METHODS["examples-auto-late"](task.make_model(), setting(task))
     before = [p.clone() for p in method.module.parameters()]
     train.warm_up(method, task, 8)
     assert all(torch.equal(a, b) for a, b in zip(before, method.module.parameters(), strict=True))
@@ -75,12 +80,31 @@ def test_warming_up_teaches_nothing():
 
 
 def test_frozen_parts_get_no_gradient():
-    model = methods.METHODS["frozen-2"](tasks.GlyphNet(3), torch.empty(1), 1.0).module
+    model = methods.METHODS["frozen-2"](tasks.GlyphNet(3), setting(tiny())).module
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "stage1"}
     assert len(train.optimizer_of(tiny(), model, 0.1).param_groups[0]["params"]) == sum(
         p.requires_grad for p in model.parameters()
     )
+
+
+def test_planning_is_no_part_of_the_budget(clock, monkeypatch):
+    def recommend(gm, batches, loss, freeze):
+        assert loss(gm, batches[0]).requires_grad
+        for _ in range(100):
+            train.CLOCKS["wall"]()
+        return f"Net: all that pays, freeze={freeze}"
+
+    monkeypatch.setattr(fxprop, "recommend", recommend)
+    for task, remark in (
+        (tiny(), "all that pays, freeze=False"),
+        (tasks.starting_from(tiny(), {}), "all that pays, freeze=True"),
+    ):
+        found = train.run(task, "recommended", 20, lr=0.1, batch=8, seed=0, quiet=True)
+        assert (found["remark"], found["planning"]) == (remark, 101)
+        # in fine-tuning the plan is made in the third step, which looks at the clock twice more
+        assert found["spent"] == 20
+        assert found["steps"] in (19, 20)
 
 
 def test_text_is_predicted_from_the_left():

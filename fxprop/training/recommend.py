@@ -38,6 +38,8 @@ _SHARES = (0.5, 0.25)
 _PARTS = (0.25, 0.5, 1.0)
 # what "auto" may cost while it still keeps all, and what it has to save where it keeps its least
 _AUTO_COSTS, _AUTO_SAVES = 0.97, 1.1
+# of the progress, what a model without its first parts must still make: more than a step ahead is not seen
+_LEAST_LEFT = 0.5
 _NO_PROGRESS = "the dense gradient makes no progress on another mini-batch either: give more of them"
 # what a plan must promise, since progress is measured on a few mini-batches
 _MARGIN = 1.05
@@ -64,8 +66,9 @@ def recommend(
         batches: mini-batches of the size to be trained with, at least two; of four or more progress is
             known better.
         loss: the loss of the module on a mini-batch, a tensor with one value.
-        freeze: for fine-tuning: also try to train without the first parts of the model, whose parameters
-            then require no gradient any more.
+        freeze: for fine-tuning, once a new head has settled (some tens of steps): also try to train without
+            the first parts of the model, whose parameters then require no gradient any more. What is left
+            must make half of the progress.
         rounds: timed steps of each plan, twice; dense steps take turns with them.
         progress: show a progress bar on standard error.
 
@@ -97,7 +100,7 @@ def recommend(
             candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
         examples = _examples(compared, clock)
         candidates.append(examples)
-        best = max(candidates, key=lambda of: of.worth if of.worth >= _MARGIN else of.name == "dense")
+        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
     policy = best.policy
     if examples.accepted:
         policy = replace(policy, examples="auto")
@@ -108,6 +111,10 @@ def recommend(
         if name in best.frozen:
             parameter.requires_grad_(False)
     return Recommendation(before.model, policy, best, tuple(candidates), report)
+
+
+def _may_be_taken(candidate: Candidate) -> bool:
+    return candidate.worth >= _MARGIN and (not candidate.frozen or candidate.progress >= _LEAST_LEFT)
 
 
 class _Clock:
@@ -244,7 +251,9 @@ def _prefixes(compared: Compared, dense: list[Gradients], clock: _Clock) -> list
         rest = sum(p.dense_next for name, p in products.items() if name not in frozen)
         what = f"without the gradients of {', '.join(part.removesuffix('.') for part in parts)}"
         speed = clock.speed(compared.dense, frozen)
-        found.append(Candidate(what, compared.dense, frozen, speed=speed, progress=rest / total))
+        progress = rest / total
+        why = "" if progress >= _LEAST_LEFT else "most of the progress is made there"
+        found.append(Candidate(what, compared.dense, frozen, speed, progress, why))
     return found
 
 

@@ -24,9 +24,28 @@ class Method:
     forget: Callable[[], None] = lambda: None
     # what the report of results says of it
     remark: str = ""
+    # seconds that went into planning, which happens once and is no part of the budget
+    planning: float = 0.0
+    # whether what it does at the end of a budget can be run before its beginning
+    warms_up: bool = True
 
 
-Maker = Callable[[nn.Module, Tensor, float], Method]
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at: mini-batches of the training data, their loss, and the clock."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    now: Callable[[], float]
+    # whether training starts from weights that were trained before
+    pretrained: bool
+
+    @property
+    def x(self) -> Tensor:
+        return self.batches[0][0]
+
+
+Maker = Callable[[nn.Module, Setting], Method]
 METHODS: dict[str, Maker] = {}
 
 
@@ -39,21 +58,21 @@ def method(name: str) -> Callable[[Maker], Maker]:
 
 
 @method("dense")
-def dense(model: nn.Module, x: Tensor, budget: float) -> Method:
+def dense(model: nn.Module, of: Setting) -> Method:
     """Plain PyTorch."""
     return Method(model)
 
 
 @method("all-dense")
-def all_dense(model: nn.Module, x: Tensor, budget: float) -> Method:
+def all_dense(model: nn.Module, of: Setting) -> Method:
     """A policy that leaves every layer dense: must cost nothing."""
-    return Method(fxprop.transform(model, 1.0, (x,)).module)
+    return Method(fxprop.transform(model, 1.0, (of.x,)).module)
 
 
 @method("examples-100")
-def all_examples(model: nn.Module, x: Tensor, budget: float) -> Method:
+def all_examples(model: nn.Module, of: Setting) -> Method:
     """Part of the mini-batch is possible, and all of it is taken."""
-    made = with_examples(0.5)(model, x, budget)
+    made = with_examples(0.5)(model, of)
     fxprop.set_keep(made.module, examples=1.0)
     return made
 
@@ -61,9 +80,9 @@ def all_examples(model: nn.Module, x: Tensor, budget: float) -> Method:
 def with_examples(share: Any, first: float = 0.0, **settings: Any) -> Maker:
     """Part of the mini-batch, after a dense part of the budget."""
 
-    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
+    def make(model: nn.Module, of: Setting) -> Method:
         policy = fxprop.Policy(examples=share, **settings)
-        gm, _ = fxprop.transform(model, policy, (x,))
+        gm, _ = fxprop.transform(model, policy, (of.x,))
         in_force = [share]
 
         def at(done: float) -> None:
@@ -88,8 +107,8 @@ def with_examples(share: Any, first: float = 0.0, **settings: Any) -> Maker:
 
 
 def with_policy(**settings: Any) -> Maker:
-    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
-        gm, report = fxprop.transform(model, fxprop.Policy(**settings), (x,))
+    def make(model: nn.Module, of: Setting) -> Method:
+        gm, report = fxprop.transform(model, fxprop.Policy(**settings), (of.x,))
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
         return Method(gm, remark=f"{rewritten} of {len(report.layers)} layers")
 
@@ -99,10 +118,10 @@ def with_policy(**settings: Any) -> Maker:
 def frozen(*parts: str, then: Maker = dense) -> Maker:
     """Without gradients for the parts of the model whose names begin so."""
 
-    def make(model: nn.Module, x: Tensor, budget: float) -> Method:
+    def make(model: nn.Module, of: Setting) -> Method:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(parts))
-        return then(model, x, budget)
+        return then(model, of)
 
     return make
 
@@ -120,6 +139,35 @@ METHODS["element-5"] = with_policy(keep=0.05, select="element")
 METHODS["frozen-2"] = frozen("stem", "stage1")
 METHODS["frozen-2-auto"] = frozen("stem", "stage1", then=with_examples("auto"))
 METHODS["frozen-3"] = frozen("stem", "stage1", "stage2")
+
+
+@method("recommended")
+def recommended(model: nn.Module, of: Setting) -> Method:
+    """By fxprop.recommend: at once, or in fine-tuning after a tenth of the budget."""
+    gm, _ = fxprop.transform(model, 1.0, (of.x,))
+    made = Method(gm)
+
+    def plan() -> None:
+        start = of.now()
+        batches, loss = of.batches, of.loss
+        plan = fxprop.recommend(gm, batches, lambda gm, b: loss(gm(b[0]), b[1]), freeze=of.pretrained)
+        made.remark = str(plan).partition("\n")[0].partition(": ")[2]
+        made.planning = of.now() - start
+
+    def at(done: float) -> None:
+        if done >= 0.1 and not made.remark:
+            plan()
+
+    def kept() -> float:
+        last = fxprop.kept_examples(gm)
+        return 1.0 if last is None else last.share
+
+    made.kept = kept
+    if of.pretrained:
+        made.at, made.warms_up = at, False
+    else:
+        plan()
+    return made
 
 
 @contextlib.contextmanager

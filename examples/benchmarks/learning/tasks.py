@@ -78,6 +78,8 @@ class Task:
     validation: Images | Text
     test: Images | Text
     optimizer: str  # "sgd" or "adamw"
+    # whether its models begin with weights that were trained before
+    pretrained: bool = False
 
     def examples(self, batch: int) -> tuple[Tensor, Tensor]:
         return next(self.train.stream(batch, torch.Generator().manual_seed(0)))
@@ -133,7 +135,7 @@ def starting_from(task: Task, weights: dict[str, Tensor]) -> Task:
         model.load_state_dict({**model.state_dict(), **weights})
         return model
 
-    return replace(task, make_model=make)
+    return replace(task, make_model=make, pretrained=True)
 
 
 def chars(window: int = 64) -> Task:

@@ -1,5 +1,6 @@
 """One run: a method on a task until its budget of time is spent."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .methods import METHODS, Method, unchanged
+from .methods import METHODS, Method, Setting, unchanged
 from .tasks import Images, Task, Text, loss_of
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -51,7 +52,7 @@ def optimizer_of(task: Task, module: nn.Module, lr: float) -> torch.optim.Optimi
 def warm_up(method: Method, task: Task, batch: int) -> None:
     """What is compiled or captured at first calls, before the clock starts; nothing is learnt."""
     with unchanged(method.module):
-        for done in (0.0, 0.0, 1.0, 1.0):
+        for done in (0.0, 0.0, 1.0, 1.0) if method.warms_up else (0.0, 0.0):
             method.at(done)
             x, y = task.examples(batch)
             loss_of(method.module(x), y).backward()
@@ -81,9 +82,11 @@ def run(
     torch.manual_seed(seed)
     start = now()
     model = task.make_model().train()
-    method = METHODS[name](model, task.examples(batch)[0], budget)
+    first = task.train.stream(batch, torch.Generator().manual_seed(seed + 1))
+    batches = list(itertools.islice(first, 6))
+    method = METHODS[name](model, Setting(batches, loss_of, now, task.pretrained))
     warm_up(method, task, batch)
-    setup = now() - start
+    setup, planned = now() - start, method.planning
     optimizer = optimizer_of(task, method.module, lr)
     stream = task.train.stream(batch, torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
@@ -102,7 +105,8 @@ def run(
         optimizer.step()
         kept.append(method.kept())
         steps += 1
-        spent += now() - start
+        spent += now() - start - (method.planning - planned)
+        planned = method.planning
         bar.update(int(100 * min(spent / budget, 1)) - bar.n)
         if moments and spent >= moments[0] * budget:
             moments = [m for m in moments if m * budget > spent]
@@ -113,6 +117,7 @@ def run(
         "steps": steps,
         "spent": spent,
         "setup": setup,
+        "planning": method.planning,
         "kept": [sum(part) / len(part) for part in quarters if part],
         "remark": method.remark,
         "curve": points,
