@@ -47,6 +47,8 @@ from fxprop.timing.measure import measure
 from fxprop.timing.measurement import Measurement
 from fxprop.timing.tune import tune
 from fxprop.training import schedules
+from fxprop.training.fidelity import fidelity
+from fxprop.training.recommend import recommend
 from fxprop.training.scheduler import KeepScheduler
 from fxprop.version import __version__
 
@@ -64,11 +66,13 @@ __all__ = [
     "dump",
     "estimate",
     "explain",
+    "fidelity",
     "kept_examples",
     "layers",
     "load_policy",
     "measure",
     "ops",
+    "recommend",
     "register_site",
     "restore",
     "schedules",

@@ -86,6 +86,9 @@ def test_fidelity(tiny_mnist):
     assert len(cosines) == 12
     assert all(-1 <= float(cosine) <= 1 for cosine in cosines)
     assert re.search(r"\| fast +\| [\d.]+ ", out)
+    assert re.search(
+        r"keep 0.25, fast: Sequential: gradients against the dense ones on 2 mini-batches", out
+    )
 
 
 def test_cost_model():

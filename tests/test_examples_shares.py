@@ -158,6 +158,19 @@ def test_schedule_of_examples(net):
     assert scheduler.get_last_keep() == []
 
 
+def test_dense_ends_around_auto(net):
+    _, gm, _ = net
+    schedule = schedules.Dense(schedules.Auto(), steps=5, first=0.4, last=0.2)
+    scheduler = fxprop.KeepScheduler(gm, examples=schedule)
+    seen = []
+    for _ in range(6):
+        gm(inputs(8)).sum().backward()
+        seen.append((scheduler.get_last_examples(), fxprop.kept_examples(gm) is None))
+        scheduler.step()
+    assert seen == [(1.0, True)] * 2 + [("auto", False)] * 2 + [(1.0, True)] * 2
+    assert scheduler.state_dict()["last_examples"] == 1.0
+
+
 def test_schedules_of_examples_and_channels_together():
     _, gm, _ = make_sparse()
     channels = schedules.Linear(1.0, 0.25, steps=4)

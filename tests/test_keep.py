@@ -138,6 +138,14 @@ KEEPS = [
     (schedules.Step(0.8, gamma=0.5, every=2, lowest=0.2), [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.2]),
     (schedules.Warmup(2, schedules.Linear(0.9, 0.1, steps=2)), [1.0, 1.0, 0.9, 0.5, 0.1, 0.1, 0.1]),
     (schedules.Interleave(schedules.Constant(0.1), every=3), [1.0, 0.1, 0.1, 1.0, 0.1, 0.1, 1.0]),
+    (
+        schedules.Dense(schedules.Linear(0.9, 0.1, steps=2), steps=6, first=1 / 6, last=1 / 3),
+        [1.0, 0.9, 0.5, 0.1, 1.0, 1.0, 1.0],
+    ),
+    (
+        schedules.Dense(schedules.Constant(0.1), steps=4, first=0.5, last=0),
+        [1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1],
+    ),
 ]
 
 
@@ -199,6 +207,20 @@ def test_levels():
         (lambda: schedules.Step(0.5, gamma=0.5, every=1, lowest=0.9), r"lowest=0\.9 is above start=0\.5"),
         (lambda: schedules.Warmup(-1, schedules.Constant(0.5)), "Warmup: steps=-1"),
         (lambda: schedules.Interleave(schedules.Constant(0.5), every=1.5), r"Interleave: every=1\.5"),
+        (lambda: schedules.Dense(0.5, steps=10), r"Dense: schedule=0\.5: expected a schedule"),
+        (lambda: schedules.Dense(schedules.Constant(0.5), steps=0), "Dense: steps=0"),
+        (
+            lambda: schedules.Dense(schedules.Constant(0.5), 9, first=-0.1),
+            r"first=-0\.1: expected a number from",
+        ),
+        (
+            lambda: schedules.Dense(schedules.Constant(0.5), 9, last=True),
+            "last=True: expected a number from 0",
+        ),
+        (
+            lambda: schedules.Dense(schedules.Constant(0.5), 9, 0.6, 0.5),
+            r"first=0\.6 and last=0\.5 are more",
+        ),
     ],
 )
 def test_bad_schedules(make, match):

@@ -14,7 +14,18 @@ from fxprop.cli import main as cli
 from fxprop.cli import options as cli_options
 from fxprop.progress import show_progress, stage
 
-COMMANDS = ["report", "layers", "plot", "code", "explain", "dump", "bench", "completion"]
+COMMANDS = [
+    "report",
+    "layers",
+    "plot",
+    "code",
+    "explain",
+    "dump",
+    "bench",
+    "fidelity",
+    "plan",
+    "completion",
+]
 MODEL = ["tests.test_inspect:net", "--input", "4x3x8x8"]
 
 

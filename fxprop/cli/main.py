@@ -12,6 +12,7 @@ from pathlib import Path
 from fxprop.cli.bench import add_bench
 from fxprop.cli.code import add_code
 from fxprop.cli.completion import add_completion
+from fxprop.cli.fidelity import add_fidelity
 from fxprop.cli.options import shows_progress
 from fxprop.cli.report import add_report
 from fxprop.errors import CommandError, FxpropError
@@ -114,5 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_code(commands)
     add_bench(commands)
+    add_fidelity(commands)
     add_completion(commands, parser)
     return parser

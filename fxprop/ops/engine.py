@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxprop.ops.compiling import is_compiling
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
@@ -19,6 +22,25 @@ def run(
     """The dense operator's output, whose backward keeps what `keep` says."""
     output: Tensor = _Sparse.apply(form, keep, input, weight, bias, *others)
     return output
+
+
+# (weight, grad_output as it arrives, what is kept of it)
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+# asked in every sparse backward of single operators, which autograd may run in threads of its own
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Shows `observer` what each sparse backward keeps; not of regions, nor of compiled code.
+
+    What is kept is selected once more for it: with score="random" it is another draw.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 class _Sparse(SparseFunction):
@@ -57,6 +79,10 @@ def _backward(ctx: Any, grad_output: Tensor, of: Operands) -> Gradients:
         needs_bias = False
     if not (any(of.needed) or needs_bias):
         return None, None, full_bias
+    if _observers and not is_compiling():
+        kept = SELECTIONS[keep.select].kept(form, keep, grad, of)
+        for observer in _observers:
+            observer(of.weight, grad, kept)
     gradients = SELECTIONS[keep.select].backward(
         form, keep, grad, of, ctx.bias_shape if needs_bias else None
     )

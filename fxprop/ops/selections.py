@@ -61,6 +61,9 @@ class Selection(Protocol):
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         """Whether k is all of n channels, or of an example's entries, so that the dense operator is run."""
 
+    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+        """What is kept of `grad`, which `form` arranged; zeros may stand for what is not."""
+
     def backward(
         self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
@@ -100,6 +103,9 @@ class Channel:
 
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return k >= n
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+        return form.take(grad, form.top(form.scores(grad, keep, of), int(keep.k)), of)
 
     def backward(
         self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
@@ -141,6 +147,9 @@ class Element:
 
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return example is not None and k >= example
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+        return mask_entries(form.examples(grad), keep)
 
     def backward(
         self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
@@ -186,13 +195,13 @@ class Row:
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return isinstance(k, float) and k >= 1
 
+    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+        return _take_rows(grad, _choose_rows(form, keep, grad))
+
     def backward(
         self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
-        n, behind = grad.shape[form.rows_dim], range(form.rows_dim + 1, grad.dim())
-        k = min(keep.k, n) if isinstance(keep.k, int) else max(1, int(keep.k * n + 0.5))
-        # in order: memory is read from its beginning to its end
-        kept = scores_over(grad, tuple(behind), keep).topk(k, dim=-1).indices.sort(-1).values
+        kept = _choose_rows(form, keep, grad)
         taken, input = _take_rows(grad, kept), form.arrange_input(of.input)
         of_kept = Operands(of.input, of.weight, form.others_of_rows(kept, of), of.needed)
         grad_input, grad_weight = form.products(taken, _take_rows(input, kept), of.weight, of_kept)
@@ -202,6 +211,14 @@ class Row:
         if bias is not None:
             grad_bias = form.bias(_spread_rows(taken, kept, grad), None, of.weight, bias)
         return *form.restore((grad_input, grad_weight), of), grad_bias
+
+
+def _choose_rows(form: Form, keep: Keep, grad: Tensor) -> Tensor:
+    """Indices of the rows with the highest scores, of each matrix."""
+    n, behind = grad.shape[form.rows_dim], range(form.rows_dim + 1, grad.dim())
+    k = min(keep.k, n) if isinstance(keep.k, int) else max(1, int(keep.k * n + 0.5))
+    # in order: memory is read from its beginning to its end
+    return scores_over(grad, tuple(behind), keep).topk(k, dim=-1).indices.sort(-1).values
 
 
 def _take_rows(tensor: Tensor, kept: Tensor) -> Tensor:

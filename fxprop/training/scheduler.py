@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from fxprop.pipeline.recipe import recipe_of
 from fxprop.pipeline.set_keep import chosen_in, set_keep
 from fxprop.policy.policy import Rule
 from fxprop.training.schedules import Constant, Schedule
+
+# a share of the examples, or "auto", by the step
+ExamplesSchedule = Callable[[int], float | Literal["auto"]]
 
 
 class KeepScheduler:
@@ -42,8 +45,9 @@ class KeepScheduler:
         levels: how many different keep ratios a schedule may take between its lowest and its highest
             value (equal ratios apart; dense, where a warm-up or interleaving asks for it, comes on top),
             or those ratios themselves, or None for no bound. Under torch.compile each is compiled once.
-        examples: a schedule for the share of the examples; another share needs no new graph. With
-            examples="auto" none is needed: the checkpoint has what it has learnt all the same.
+        examples: a schedule for the share of the examples; another share needs no new graph. It may give
+            "auto". With the policy's examples="auto" none is needed: the checkpoint has what it has
+            learnt all the same.
         last_step: the step the schedule is at.
 
     As in torch's schedulers, making one sets the ratio of step `last_step + 1`. Raises PolicyError for
@@ -56,7 +60,7 @@ class KeepScheduler:
         schedule: Schedule | None = None,
         *,
         rules: Mapping[str, Schedule] | None = None,
-        examples: Schedule | None = None,
+        examples: ExamplesSchedule | None = None,
         levels: int | Sequence[float] | None = 6,
         last_step: int = -1,
     ) -> None:
@@ -80,7 +84,7 @@ class KeepScheduler:
         self._levels = {name: _levels(given, levels) for name, given in self._schedules.items()}
         self.last_step = last_step
         self._last_keep: list[float] = []
-        self._last_examples: float | None = None
+        self._last_examples: float | Literal["auto"] | None = None
         self.step()
 
     def step(self) -> None:
@@ -91,7 +95,7 @@ class KeepScheduler:
         """The keep ratios in force: the schedule's, then those of `rules` in their order."""
         return list(self._last_keep)
 
-    def get_last_examples(self) -> float | None:
+    def get_last_examples(self) -> float | Literal["auto"] | None:
         """The share of the examples by its schedule; None without one."""
         return self._last_examples
 

@@ -8,8 +8,9 @@ into levels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from fxprop import settings
 from fxprop.errors import PolicyError
@@ -163,6 +164,62 @@ class Interleave:
     def range(self) -> tuple[float, float] | None:
         """Lowest and highest keep ratio of the other schedule; None if that does not know."""
         return getattr(self.schedule, "range", None)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Dense in the first and the last part of `steps`, another schedule between, from its own step 0.
+
+    >>> [Dense(Constant(0.1), steps=5, first=0.4, last=0.2)(step) for step in range(6)]
+    [1.0, 1.0, 0.1, 0.1, 1.0, 1.0]
+
+    Args:
+        schedule: what lies between; for examples also `Auto()`.
+        steps: of the whole training.
+        first, last: shares of `steps`, together at most 1. What is beyond `steps` is as its end.
+
+    Dense steps in the beginning bring back most of what channel selection loses, those in the end a part:
+    examples/benchmarks/RESULTS.md.
+    """
+
+    schedule: Callable[[int], Any]
+    steps: int
+    first: float = 0.2
+    last: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise PolicyError(
+                f"Dense: schedule={self.schedule!r}: expected a schedule, or a function of the step"
+            )
+        _check_count(self.steps, "Dense: steps")
+        for name in ("first", "last"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise PolicyError(f"Dense: {name}={share!r}: expected a number from 0 to 1")
+        if self.first + self.last > 1:
+            raise PolicyError(f"Dense: first={self.first!r} and last={self.last!r} are more than all steps")
+
+    def __call__(self, step: int) -> Any:
+        start, end = round(self.first * self.steps), self.steps - round(self.last * self.steps)
+        return 1.0 if step < start or (self.last and step >= end) else self.schedule(step - start)
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Lowest and highest keep ratio of what lies between; None if that does not know."""
+        return getattr(self.schedule, "range", None)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Of examples: the share follows the spread of their gradient norms, as with `examples="auto"`.
+
+    >>> Dense(Auto(), steps=10, first=0.2, last=0.0)(1), Auto()(5)
+    (1.0, 'auto')
+    """
+
+    def __call__(self, step: int) -> Literal["auto"]:
+        return "auto"
 
 
 def _check_count(count: int, where: str) -> None:

@@ -238,23 +238,29 @@ def _torchvision_shape(weights_enum: Any) -> tuple[int, ...]:
 # --- factories and files ------------------------------------------------------------------------------
 
 
-def _from_factory(source: Source) -> Loaded:
-    path, _, name = source.model.partition(":")
+def named_object(text: str) -> Any:
+    """What `package.module:name` names; CommandError says what is missing."""
+    path, _, name = text.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", path) or not re.fullmatch(r"\w+(\.\w+)*", name):
-        raise CommandError(f"{source.model}: expected package.module:factory")
+        raise CommandError(f"{text}: expected package.module:factory")
     # a console script does not have the working directory on its path, `python -m` does
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        factory: Any = importlib.import_module(path)
+        found: Any = importlib.import_module(path)
     except Exception as error:
         raise CommandError(f"cannot import {path}: {type(error).__name__}: {error}") from error
     for part in name.split("."):
-        if not hasattr(factory, part):
-            near = difflib.get_close_matches(part, dir(factory), n=3)
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise CommandError(f"{path} has no {name!r}{hint}")
-        factory = getattr(factory, part)
+        found = getattr(found, part)
+    return found
+
+
+def _from_factory(source: Source) -> Loaded:
+    factory = named_object(source.model)
     if isinstance(factory, nn.Module):
         return Loaded(factory, ())
     if not callable(factory):

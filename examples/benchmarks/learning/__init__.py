@@ -1,0 +1,1 @@
+"""Parts of equal_time.py."""

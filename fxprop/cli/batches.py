@@ -1,0 +1,72 @@
+"""Mini-batches for commands that look at gradients: those of the user's function, or random numbers."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprop.cli.models.sources import named_object
+from fxprop.cli.options import positive
+from fxprop.errors import CommandError
+from fxprop.pytree import tree_leaves, tree_map
+
+_Loss = Callable[[Tensor, Tensor], Tensor]
+_LOSSES: dict[str, _Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+def add_batches_options(parser: argparse.ArgumentParser) -> None:
+    """Where the mini-batches come from, and what their loss is."""
+    parser.add_argument(
+        "--batches",
+        metavar="PACKAGE.MODULE:NAME",
+        help="a function without arguments that gives mini-batches, pairs of input and labels (default: "
+        "random numbers of the shape of the input, and the mean square of the outputs for a loss)",
+    )
+    parser.add_argument("--loss", choices=tuple(_LOSSES), default="cross_entropy", help="with --batches")
+    parser.add_argument("--count", type=positive, default=4, help="mini-batches, at most (default 4)")
+
+
+def batches_and_loss(
+    args: argparse.Namespace, inputs: Any, kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[nn.Module, Any], Tensor]]:
+    """What the options say, as `fxprop.fidelity` takes it."""
+    if args.batches is not None:
+        return _batches(args), functools.partial(_labelled, _LOSSES[args.loss])
+    given = tuple(inputs or ()), dict(kwargs)
+    return [tree_map(_another, given) for _ in range(max(args.count, 2))], _mean_square
+
+
+def _another(value: Any) -> Any:
+    """A tensor of random numbers of the same kind; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.rand_like(value) if value.is_floating_point() else value[torch.randperm(len(value))]
+
+
+def _mean_square(gm: nn.Module, batch: Any) -> Tensor:
+    args, kwargs = batch
+    outputs = [t for t in tree_leaves(gm(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([t.float().square().mean() for t in outputs]).sum()
+
+
+def _labelled(loss: _Loss, gm: nn.Module, batch: Any) -> Tensor:
+    return loss(gm(batch[0]), batch[1])
+
+
+def _batches(args: argparse.Namespace) -> list[Any]:
+    make = named_object(args.batches)
+    try:
+        batches = list(itertools.islice(make() if callable(make) else make, args.count))
+    except Exception as error:
+        raise CommandError(f"--batches {args.batches}: {type(error).__name__}: {error}") from error
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise CommandError(f"--batches {args.batches}: expected pairs of input and labels")
+    return batches

@@ -1,0 +1,269 @@
+"""Which policy pays: progress on mini-batches against the time of steps, from dense upwards."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxprop.compact.install import uninstall
+from fxprop.errors import ExamplesError
+from fxprop.inspection.decided_policy import make_decided_policy
+from fxprop.pipeline.put_in_force import put_in_force
+from fxprop.pipeline.recipe import recipe_of
+from fxprop.pipeline.set_keep import chosen_in
+from fxprop.plan.sites import Site
+from fxprop.policy.policy import Policy, Rule
+from fxprop.pytree import tree_leaves
+from fxprop.timing.layer_times import SiteTimes
+from fxprop.timing.tune import site_times
+from fxprop.training.fidelity import energies_of, weight_of
+from fxprop.training.fidelity_table import Products, Row
+from fxprop.training.gradients import Compared, Gradients, products_of
+from fxprop.training.recommendation import Candidate, Recommendation
+
+Batch = TypeVar("Batch")
+
+# kept shares of channels, and of the layers that save time those that are tried together, the best first
+_SHARES = (0.5, 0.25)
+_PARTS = (0.25, 0.5, 1.0)
+# what "auto" may cost while it still keeps all, and what it has to save where it keeps its least
+_AUTO_COSTS, _AUTO_SAVES = 0.97, 1.1
+# of the progress, what a model without its first parts must still make: more than a step ahead is not seen
+_LEAST_LEFT = 0.5
+_NO_PROGRESS = "the dense gradient makes no progress on another mini-batch either: give more of them"
+# what a plan must promise, since progress is measured on a few mini-batches
+_MARGIN = 1.05
+
+
+def recommend(
+    gm: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    *,
+    freeze: bool = False,
+    rounds: int = 3,
+    progress: bool = False,
+) -> Recommendation:
+    """Put the policy in force that makes most progress per second here, or dense where none pays.
+
+    >>> gm, _ = fxprop.transform(model, 1.0, (images,))
+    >>> plan = fxprop.recommend(gm, loader, lambda gm, batch: loss(gm(batch[0]), batch[1]))
+    >>> print(plan)
+
+    Args:
+        gm: what `fxprop.transform` returned, also wrapped by DistributedDataParallel, in training mode; its
+            policy does not matter.
+        batches: mini-batches of the size to be trained with, at least two; of four or more progress is
+            known better.
+        loss: the loss of the module on a mini-batch, a tensor with one value.
+        freeze: for fine-tuning, once a new head has settled (some tens of steps): also try to train without
+            the first parts of the model, whose parameters then require no gradient any more. What is left
+            must make half of the progress.
+        rounds: timed steps of each plan, twice; dense steps take turns with them.
+        progress: show a progress bar on standard error.
+
+    A plan is worth its progress (`fxprop.fidelity`) times the speed of its steps, dense = 1. Tried are:
+        channels, by layers: those that save most seconds for the progress they are expected to lose come
+            first; the loss is estimated as the part of the output gradient's energy that is dropped, times
+            the progress made by the layer and all layers before it, where its errors go;
+        examples="auto": unbiased, so its progress is that of all, and its share follows the spread of the
+            examples' gradients; taken where it costs nothing as long as it keeps all, and saves time at
+            its least share;
+        with `freeze`, the model without its first parts.
+    What is worth no more than dense is not taken. Measured again in the course of training, by another
+    call, nothing is traced again.
+
+    Returns the plan, with what was tried and why. Parameters, gradients, buffers and the random state stay
+    as they are. Raises what `fxprop.fidelity` raises; then nothing has changed.
+    """
+    compared = Compared(gm, batches, loss)
+    inner, before = compared.inner, compared.recipe
+    had_choice = chosen_in(inner) is not None
+    with compared.as_it_was(), tqdm(desc="plans", disable=not progress, leave=False) as bar:
+        clock = _Clock(compared, rounds, bar)
+        dense = list(compared.gradients(compared.dense))
+        candidates = [Candidate("dense", compared.dense)]
+        if _overall(products_of(dense, dense)).products.dense_next > 0:
+            candidates += _channels(compared, dense, clock)
+            candidates += _prefixes(compared, dense, clock) if freeze else []
+        else:
+            candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
+        examples = _examples(compared, clock)
+        candidates.append(examples)
+        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
+    policy = best.policy
+    if examples.accepted:
+        policy = replace(policy, examples="auto")
+    report = put_in_force(inner, replace(before, policy=policy), policy)
+    if not (examples.accepted or had_choice):
+        uninstall(inner)
+    for name, parameter in inner.named_parameters():
+        if name in best.frozen:
+            parameter.requires_grad_(False)
+    return Recommendation(before.model, policy, best, tuple(candidates), report)
+
+
+def _may_be_taken(candidate: Candidate) -> bool:
+    return candidate.worth >= _MARGIN and (not candidate.frozen or candidate.progress >= _LEAST_LEFT)
+
+
+class _Clock:
+    """Times of steps, forward to backward, in turns with dense ones."""
+
+    def __init__(self, compared: Compared, rounds: int, bar: Any) -> None:
+        self._compared, self._rounds, self._bar = compared, rounds, bar
+
+    def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> float:
+        """How many times as fast as a dense step."""
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(2):
+            for of, (policy_now, without) in zip(
+                times, ((self._compared.dense, frozenset[str]()), (policy, frozen)), strict=True
+            ):
+                with self._compared.in_force(policy_now), _without(self._compared.inner, without):
+                    of += [self._step(number) for number in range(self._rounds + 1)][1:]
+        self._bar.update()
+        return statistics.median(times[0]) / statistics.median(times[1])
+
+    def _step(self, number: int) -> float:
+        parameters = [p for p in self._compared.gm.parameters() if p.requires_grad]
+        batch = self._compared.batches[number % len(self._compared.batches)]
+        start = _now(parameters[0].device)
+        torch.autograd.grad(self._compared.loss_of(batch), parameters, allow_unused=True)
+        return _now(parameters[0].device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _without(gm: nn.Module, frozen: frozenset[str]) -> Iterator[None]:
+    chosen = [p for name, p in gm.named_parameters() if name in frozen and p.requires_grad]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+
+
+def _channels(compared: Compared, dense: list[Gradients], clock: _Clock) -> list[Candidate]:
+    """Plans of channels: more and more layers at the same share."""
+    inner, found = compared.inner, []
+    for share in _SHARES:
+        policy = replace(compared.dense, keep=share, score="l2")
+        with compared.in_force(policy):
+            recipe = recipe_of(inner)
+            energies = energies_of(inner, recipe, compared.gradients)
+            timed = [(site, times) for site, _, times in site_times(inner, None, 3)]
+            decided = {rule.name: rule for rule in make_decided_policy(recipe).rules}
+        ordered = _by_gain(compared, dense, energies, timed)
+        numbers = sorted({max(1, round(part * len(ordered))) for part in _PARTS} if ordered else set())
+        for number in numbers:
+            names = [site.name for site in ordered[:number]]
+            rules = [decided[glob.escape(name)] for name in names]
+            plan = replace(compared.dense, rules=(*rules, Rule(regex=".*", keep=1.0)))
+            progress = _overall(products_of(dense, list(compared.gradients(plan)))).progress
+            what = f"{share:.0%} of the channels of {number} of {len(ordered)} layers that save time"
+            found.append(Candidate(what, plan, speed=clock.speed(plan), progress=progress))
+        if not ordered:
+            what = f"{share:.0%} of the channels"
+            found.append(Candidate(what, compared.dense, speed=None, why="no layer is faster"))
+    return found
+
+
+def _by_gain(
+    compared: Compared,
+    dense: list[Gradients],
+    energies: dict[str, tuple[float, float]],
+    timed: Sequence[tuple[Site, SiteTimes]],
+) -> list[Site]:
+    """The layers that save time, by seconds saved for the progress that is expected to be lost."""
+    names = {id(p): name for name, p in compared.inner.named_parameters()}
+    products = products_of(dense, dense)
+    total = _overall(products).products.dense_next
+    # of each parameter and those before it
+    made = dict(zip(products, accumulate(p.dense_next for p in products.values()), strict=True))
+    gains: list[tuple[float, Site]] = []
+    for site, times in timed:
+        name = weight_of(compared.inner, site.name, names)
+        saved = times.dense - times.sparse
+        if saved <= 0 or name not in energies or name not in made:
+            continue
+        of_all, of_kept = energies[name]
+        dropped = 1 - of_kept / of_all if of_all else 0.0
+        lost = dropped * max(made[name] / total, 0.0)
+        gains.append((saved / max(lost, 1e-6), site))
+    return [site for _, site in sorted(gains, key=lambda gain: -gain[0])]
+
+
+def _examples(compared: Compared, clock: _Clock) -> Candidate:
+    policy = replace(compared.dense, examples="auto")
+    name = 'examples="auto"'
+    examined = compared.recipe.examined
+    if examined is not None and examined.off:
+        return Candidate(name, policy, speed=None, why=examined.off)
+    try:
+        with compared.in_force(policy):
+            for _ in compared.gradients(policy):
+                pass
+            choice = chosen_in(compared.inner)
+            assert choice is not None
+            count = len(next(iter(_tensors(compared.batches[0]))))
+            share = choice.count(count) / count
+        now = clock.speed(policy)
+        least = clock.speed(replace(policy, examples=policy.examples_least))
+    except ExamplesError as error:
+        return Candidate(name, policy, speed=None, why=str(error))
+    accepted = now >= _AUTO_COSTS and least >= _AUTO_SAVES
+    why = f"keeps {share:.0%} now; at its least share, {policy.examples_least:.0%}, {least:.2f}x as fast"
+    return Candidate(name, compared.dense, speed=now, progress=1.0, why=why, accepted=accepted)
+
+
+def _prefixes(compared: Compared, dense: list[Gradients], clock: _Clock) -> list[Candidate]:
+    """The model without gradients for its first parts: children of the first module that has several."""
+    names = list(dense[0])
+    module, path = compared.inner, ""
+    while (
+        len(children := [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())])
+        == 1
+    ):
+        module, path = children[0][1], f"{path}{children[0][0]}."
+    found, products = [], products_of(dense, dense)
+    total = _overall(products).products.dense_next
+    for number in range(1, len(children)):
+        parts = tuple(f"{path}{name}." for name, _ in children[:number])
+        frozen = frozenset(name for name in names if name.startswith(parts))
+        rest = sum(p.dense_next for name, p in products.items() if name not in frozen)
+        what = f"without the gradients of {', '.join(part.removesuffix('.') for part in parts)}"
+        speed = clock.speed(compared.dense, frozen)
+        progress = rest / total
+        why = "" if progress >= _LEAST_LEFT else "most of the progress is made there"
+        found.append(Candidate(what, compared.dense, frozen, speed, progress, why))
+    return found
+
+
+def _with_parameters(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module.named_children() if list(child.parameters())]
+
+
+def _overall(products: dict[str, Products]) -> Row:
+    return Row("all", None, None, Products.total(list(products.values())))
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())

@@ -1,0 +1,199 @@
+"""The recommended policy: what is taken for which speeds and progress, and that it stays in force."""
+
+import json
+import math
+import tomllib
+
+import pytest
+import torch
+from test_fidelity import HERE as FIDELITY
+from test_fidelity import batches as unrelated
+from test_fidelity import loss, make_float_mlp, make_mlp
+from torch import nn
+
+import fxprop
+from fxprop.cli import main as cli
+from fxprop.errors import InputError, ModelError
+from fxprop.timing.layer_times import SiteTimes
+from fxprop.training import recommend as planner
+
+HERE = f"{__name__}:"
+
+
+def batches(count=3, n=32):
+    """With something to learn: a step on one mini-batch helps on the next."""
+    return [(x, x[:, :3].argmax(1)) for x, _ in unrelated(count, n)]
+
+
+def float_batches():
+    return [(x.float(), y) for x, y in batches()]
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def make_mixing():
+    """Its second half joins the examples."""
+
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    return nn.Sequential(nn.Linear(5, 8), Centred(), nn.Linear(8, 3)).double()
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """Speeds by the kind of plan, in place of measured ones, and layers that all save time."""
+    of = {"channels": 1.0, "auto": 1.0, "least": 1.0, "frozen": 1.0}
+
+    def speed(clock, policy, frozen=frozenset()):
+        if policy.examples != 1:
+            return of["auto" if policy.examples == "auto" else "least"]
+        return of["frozen" if frozen else "channels"]
+
+    def site_times(gm, inputs, rounds):
+        plan = planner.recipe_of(gm).plans[True]
+        return [(d.site, d.sparsity, SiteTimes(2.0, 1.0)) for d in plan.rewritten]
+
+    monkeypatch.setattr(planner._Clock, "speed", speed)
+    monkeypatch.setattr(planner, "site_times", site_times)
+    return of
+
+
+def planned(make=make_net, given=None, **options):
+    given = given or batches()
+    gm, _ = fxprop.transform(make(), 1.0, (given[0][0],))
+    return gm, fxprop.recommend(gm, given, loss, **options)
+
+
+def test_dense_where_nothing_pays(speeds):
+    gm, plan = planned()
+    assert plan.is_dense
+    assert plan.best.name == "dense"
+    assert "forward" not in vars(gm)  # as if it had never been asked
+    assert plan.report.totals.saving == 0
+    assert str(plan).startswith("Sequential: dense\n")
+    json.loads(plan.to_json())
+
+
+def test_channels_where_they_pay(speeds):
+    speeds["channels"] = 100.0
+    gm, plan = planned()
+    assert "channels of" in plan.best.name
+    worth = {c.name: c.worth for c in plan.tried}
+    assert plan.best.worth == max(worth.values())
+    assert plan.report.totals.saving > 0
+    assert "fxprop" in gm.code
+    # progress is that of fidelity under the policy that is now in force
+    assert fxprop.fidelity(gm, batches(), loss).overall.progress == pytest.approx(plan.best.progress)
+    fxprop.set_keep(gm, plan.policy)
+    assert "taken" in str(plan)
+
+
+def test_progress_decides_not_speed_alone(speeds):
+    """Half of the speed that would pay for the least progress lost is too little."""
+    _, plan = planned()
+    most = max(c.progress for c in plan.tried if "channels" in c.name)
+    assert 0 < most < 1
+    speeds["channels"] = 0.99 / most
+    assert planned()[1].is_dense
+    speeds["channels"] = 1.1 / most
+    assert planned()[1].best.progress == pytest.approx(most)
+
+
+def test_examples_where_they_save_time_and_cost_none(speeds):
+    gm, plan = planned()
+    assert not plan.policy.takes_examples  # saves nothing
+    speeds["least"] = 1.5
+    gm, plan = planned()
+    assert plan.policy.examples == "auto"
+    assert plan.best.name == "dense"
+    assert not plan.is_dense
+    loss(gm, batches()[0]).backward()
+    assert fxprop.kept_examples(gm).n == 32
+    speeds["auto"] = 0.9
+    assert planned()[1].is_dense  # costs more than it may
+
+
+def test_examples_that_are_joined_are_left_together(speeds):
+    speeds["least"] = 1.5
+    _, plan = planned(make_mixing)
+    assert plan.is_dense
+    (row,) = [c for c in plan.tried if "auto" in c.name]
+    assert "x - x.mean(0)" in row.why
+    assert row.why in str(plan)
+
+
+def test_first_parts_are_left_out_only_when_asked(speeds):
+    speeds["frozen"] = 100.0
+    gm, plan = planned()
+    assert plan.is_dense
+    gm, plan = planned(freeze=True)
+    frozen = {name for name, p in gm.named_parameters() if not p.requires_grad}
+    assert frozen == plan.best.frozen
+    assert frozen in ({"0.weight", "0.bias"}, {"0.weight", "0.bias", "2.weight", "2.bias"})
+    assert "without the gradients of 0" in str(plan)
+
+
+def test_progress_of_a_prefix_is_that_of_the_rest(speeds):
+    gm, plan = planned(freeze=True)
+    row = next(c for c in plan.tried if c.name == "without the gradients of 0")
+    full = fxprop.fidelity(gm, batches(), loss)
+    total = full.overall.products.dense_next
+    lost = full.rows[0].products.dense_next
+    (bias,) = [p for name, p in gm.named_parameters() if name == "0.bias"]
+    given = batches()
+    grads = [torch.autograd.grad(loss(gm, batch), bias)[0] for batch in given]
+    lost += sum((a @ b).item() for a, b in zip(grads, grads[1:] + grads[:1], strict=True))
+    assert row.progress == pytest.approx((total - lost) / total)
+
+
+def test_without_progress_of_dense_nothing_is_judged(speeds):
+    speeds["channels"] = speeds["frozen"] = 100.0
+    given = [(x, y) for x, y in batches(2)]
+    given[1] = (given[0][0], (given[0][1] + 1) % 3)  # what helps on one mini-batch harms on the other
+    _, plan = planned(given=given, freeze=True)
+    assert plan.is_dense
+    assert "makes no progress on another mini-batch either" in str(plan)
+
+
+def test_what_is_measured_changes_nothing():
+    given = [(x.float(), y) for x, y in batches(2)]
+    gm, _ = fxprop.transform(make_float_mlp(), 0.5, (given[0][0],))
+    loss(gm, given[0]).backward()
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    grads, state = [p.grad.clone() for p in gm.parameters()], torch.get_rng_state()
+    plan = fxprop.recommend(gm, given, loss, rounds=1, freeze=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(gm.parameters(), grads, strict=True))
+    assert {name for name, p in gm.named_parameters() if not p.requires_grad} == plan.best.frozen
+    assert all(c.speed > 0 and math.isfinite(c.progress) for c in plan.tried if not c.why)
+
+
+def test_what_is_refused_changes_nothing(speeds):
+    gm, _ = fxprop.transform(make_mlp(), fxprop.Policy(keep=0.5, when="always"), (batches()[0][0],))
+    code = gm.code
+    with pytest.raises(InputError, match="got 1 of at least two"):
+        fxprop.recommend(gm, batches(1), loss)
+    with pytest.raises(InputError, match="expected a tensor with one value"):
+        fxprop.recommend(gm, batches(), lambda module, batch: module(batch[0]))
+    with pytest.raises(ModelError, match="expected the module that fxprop.transform returned"):
+        fxprop.recommend(make_mlp(), batches(), loss)
+    assert gm.code == code
+
+
+def test_command(capsys, speeds):
+    arguments = ["plan", f"{FIDELITY}make_float_mlp", "--input", "6x5"]
+    speeds["least"] = 2.0
+    assert cli.main([*arguments, "--batches", f"{HERE}float_batches"]) == 0
+    assert 'examples="auto"' in capsys.readouterr().out.partition("\n")[0]
+    assert cli.main([*arguments, "--batches", f"{HERE}float_batches", "--format", "toml"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["examples"] == "auto"
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "speeds alone, on random numbers" in out
+    assert "pays where progress is above" in out
