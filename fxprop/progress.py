@@ -7,7 +7,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -51,6 +51,17 @@ def count(items: Collection[Item], name: str, wanted: bool, unit: str = "it") ->
     """The items, with a bar on standard error that counts them where it is wanted."""
     bars = _bars() if wanted else None
     yield from items if bars is None else bars(items, name, unit=unit, leave=False)
+
+
+@contextlib.contextmanager
+def counting(name: str, wanted: bool, total: int | None = None) -> Iterator[Callable[[], object]]:
+    """What to call after each step: a bar on standard error counts them where it is wanted."""
+    bars = _bars() if wanted else None
+    if bars is None:
+        yield lambda: None
+        return
+    with bars(desc=name, total=total, leave=False) as bar:
+        yield bar.update
 
 
 def _bars() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import shtab
 from torch import nn
 
 from fxprop.cli.batches import add_batches_options, batches_and_loss
@@ -43,7 +42,7 @@ def add_fidelity(commands: Any) -> None:
     add_batches_options(parser)
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     picture = parser.add_argument("--plot", metavar="FILE", help="energy, cosine, progress; .svg or .png")
-    complete_with(picture, shtab.FILE)
+    complete_with(picture, "FILE")
 
     plan = command(
         commands,

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.ops.engine import observing
 from fxprop.pipeline.recipe import Recipe
 from fxprop.pipeline.set_keep import kept_examples
 from fxprop.policy.policy import Policy
+from fxprop.progress import counting
 from fxprop.training.fidelity_table import Fidelity, Products, Row
 from fxprop.training.gradients import Compared, Gradients, products_of
 
@@ -56,15 +56,14 @@ def fidelity(
     """
     compared = Compared(gm, batches, loss)
     recipe = compared.recipe
-    bar = tqdm(total=3 * len(compared.batches), desc="gradients", disable=not progress, leave=False)
 
     def gradients(policy: Policy) -> Iterator[Gradients]:
         for found in compared.gradients(policy):
             yield found
-            bar.update()
+            count()
 
     shares = []
-    with compared.as_it_was(), bar:
+    with compared.as_it_was(), counting("gradients", progress, 3 * len(compared.batches)) as count:
         of_dense, of_sparse = list(gradients(compared.dense)), []
         for found in gradients(recipe.in_force):
             of_sparse.append(found)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprop.compact.install import uninstall
 from fxprop.errors import ExamplesError
@@ -23,6 +22,7 @@ from fxprop.pipeline.recipe import recipe_of
 from fxprop.pipeline.set_keep import chosen_in
 from fxprop.plan.sites import Site
 from fxprop.policy.policy import Policy, Rule
+from fxprop.progress import counting
 from fxprop.pytree import tree_leaves
 from fxprop.timing.layer_times import SiteTimes
 from fxprop.timing.tune import site_times
@@ -89,8 +89,8 @@ def recommend(
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
-    with compared.as_it_was(), tqdm(desc="plans", disable=not progress, leave=False) as bar:
-        clock = _Clock(compared, rounds, bar)
+    with compared.as_it_was(), counting("plans", progress) as count:
+        clock = _Clock(compared, rounds, count)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
         if _overall(products_of(dense, dense)).products.dense_next > 0:
@@ -120,8 +120,8 @@ def _may_be_taken(candidate: Candidate) -> bool:
 class _Clock:
     """Times of steps, forward to backward, in turns with dense ones."""
 
-    def __init__(self, compared: Compared, rounds: int, bar: Any) -> None:
-        self._compared, self._rounds, self._bar = compared, rounds, bar
+    def __init__(self, compared: Compared, rounds: int, count: Callable[[], object]) -> None:
+        self._compared, self._rounds, self._count = compared, rounds, count
 
     def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> float:
         """How many times as fast as a dense step."""
@@ -132,7 +132,7 @@ class _Clock:
             ):
                 with self._compared.in_force(policy_now), _without(self._compared.inner, without):
                     of += [self._step(number) for number in range(self._rounds + 1)][1:]
-        self._bar.update()
+        self._count()
         return statistics.median(times[0]) / statistics.median(times[1])
 
     def _step(self, number: int) -> float:
@@ -255,10 +255,6 @@ def _prefixes(compared: Compared, dense: list[Gradients], clock: _Clock) -> list
         why = "" if progress >= _LEAST_LEFT else "most of the progress is made there"
         found.append(Candidate(what, compared.dense, frozen, speed, progress, why))
     return found
-
-
-def _with_parameters(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, child) for name, child in module.named_children() if list(child.parameters())]
 
 
 def _overall(products: dict[str, Products]) -> Row:
