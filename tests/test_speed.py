@@ -291,13 +291,13 @@ def test_where_nothing_is_left_out_nothing_is_expected():
 
 def test_what_was_timed_stands_in_place_of_the_prediction(monkeypatch):
     monkeypatch.setattr(tuning, "time_site", lambda *_: SiteTimes(dense=4.0, sparse=1.0))
-    gm, before = fxprop.transform(small(), fxprop.Policy(keep=0.5, when="always"), (X,))
-    clock = fxprop.tune(gm, (X,)).clock
-    assert before.clock is None
-    assert clock.basis == "measured"
-    assert clock.layers_measured == sum(layer.status == "rewritten" for layer in before.layers)
-    assert 3 < clock.backward <= 4  # all but the dense output layer was timed at 4x
-    assert "layers timed on this machine's cpu" in " ".join(str(fxprop.tune(gm, (X,))).split())
+    wide, x = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 64)), torch.empty(512, 1024)
+    gm, before = fxprop.transform(wide, 0.25, (x,))
+    report = fxprop.tune(gm, (x,))
+    assert (before.clock.basis, before.clock.layers_measured) == ("predicted", 0)
+    assert (report.clock.basis, report.clock.layers_measured) == ("measured", 1)
+    assert 2 < report.clock.backward < 4  # all but the dense output layer, which is small, was timed at 4x
+    assert "1 layers timed on this machine's cpu" in " ".join(str(report).split())
 
 
 def test_a_timed_layer_counts_by_hand():
