@@ -56,7 +56,7 @@ def namespace():
     return {
         "torch": torch, "nn": nn, "F": F, "fxprop": fxprop, "model": model, "images": images, "labels": labels,
         "gm": fxprop.transform(model, 0.5, (images,)).module,
-        "loader": [(images, labels)] * 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "loader": [(images, labels)] * 2, "batches": [(images, labels)] * 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 from fxprop import progress
 from fxprop.cli import main as cli
 from fxprop.cli import options as cli_options
+from fxprop.cli import report as cli_report
 from fxprop.progress import show_progress, stage
 
 COMMANDS = [
@@ -197,3 +198,27 @@ def test_alone_it_shows_what_to_do_first(capsys):
     shown = re.findall(r"^  fxprop (\w+) ", text, re.MULTILINE)
     assert shown == ["report", "explain", "bench", "report"]
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
+def test_help_fits_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--help"])
+    # code of many options cannot be broken: an example may be longer by a word
+    assert [
+        line for line in capsys.readouterr().out.splitlines() if len(line) > 80 + 25 * ("  fxprop " in line)
+    ] == []
+
+
+def test_the_list_of_layers_fits_a_narrow_terminal_and_is_whole_in_a_pipe(capsys, monkeypatch):
+    assert cli.main(["layers", *MODEL]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(cli_report.sys.stdout, "isatty", lambda: True)
+    assert cli.main(["layers", *MODEL]) == 0
+    narrow = capsys.readouterr().out
+    assert "n element" in whole
+    assert "n element" not in narrow
+    assert "n channel" in narrow
+    assert len(narrow.splitlines()) == len(whole.splitlines())

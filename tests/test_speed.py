@@ -3,8 +3,10 @@
 import copy
 import json
 
+import predictions
 import pytest
 import torch
+import torchvision
 from models import IMAGES as X
 from models import small
 from torch import nn
@@ -12,8 +14,10 @@ from torch import nn
 import fxprop
 from fxprop.cli.main import main
 from fxprop.errors import InputError, ModelError, ReportError
-from fxprop.plan.decisions import Sparsity
+from fxprop.pipeline.recipe import recipe_of
+from fxprop.plan.decisions import Sparsity, Timing
 from fxprop.policy import cost_model as cost
+from fxprop.policy import step_time
 from fxprop.timing import tune as tuning
 from fxprop.timing.layer_times import SiteTimes
 from fxprop.timing.picture import plot
@@ -231,3 +235,99 @@ def test_plot_refuses(tmp_path):
         plot({"small": by_k}, tmp_path / "a.svg")
     with pytest.raises(ReportError, match="cannot write the picture"):
         plot({"small": found}, tmp_path / "no" / "a.svg")
+
+
+# --- what to expect of the whole step ----------------------------------------------------------------------
+
+
+def clock_of(name="resnet18", policy=0.25, batch=8, **options):
+    with torch.device("meta"):
+        model, images = torchvision.models.get_model(name), torch.empty(batch, 3, 224, 224)
+    return fxprop.estimate(model, policy, (images,), **options)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large"])
+def test_expected_times_are_near_the_measured_ones_of_the_guide(name, pytestconfig):
+    measured = predictions.read(pytestconfig.rootpath / "examples" / "guide" / "speed.md", [0.25, 0.05])
+    for keep in (0.25, 0.05):
+        for expected, found in zip(
+            predictions.expect(name, predictions.exact(keep), 8, 224), measured[name, keep], strict=True
+        ):
+            assert 0.75 < expected / found < 1.25
+
+
+def test_every_form_says_what_to_expect(tmp_path):
+    report = clock_of()
+    clock = report.clock
+    assert clock.basis == "predicted"
+    assert 1 < clock.step < clock.backward < 1 / (1 - report.totals.saving)
+    said = f"backward {clock.backward:.1f}x, whole step {clock.step:.1f}x"
+    assert said in " ".join(report.to_text().split())
+    assert said in report.to_markdown()
+    assert said in report.to_html()
+    assert f"predicted step {clock.step:.1f}x as fast</title>" in report.to_html()
+    assert said in report._repr_html_()
+    assert json.loads(report.to_json())["clock"] == clock.to_dict()
+    report.plot(tmp_path / "savings.svg")
+    assert "predicted" in (tmp_path / "savings.svg").read_text()
+    for text in (report.to_text(), report.to_html()):
+        assert "examples/guide/choosing.md" in text
+
+
+def test_more_is_expected_of_less():
+    clocks = [clock_of(policy=keep).clock for keep in (0.5, 0.25, 0.05)]
+    assert clocks[0].backward < clocks[1].backward < clocks[2].backward
+    assert clocks[0].step < clocks[1].step < clocks[2].step < 3
+
+
+def test_where_nothing_is_left_out_nothing_is_expected():
+    report = clock_of(policy=1.0)
+    assert report.clock is None
+    assert "clock" not in report.to_text()
+    tiny = fxprop.estimate(small(), fxprop.Policy(keep=0.5, when="always"), (X,))
+    assert tiny.clock is None
+    assert "Layers this small are not predicted on the clock" in tiny.to_text()
+
+
+def test_what_was_timed_stands_in_place_of_the_prediction(monkeypatch):
+    monkeypatch.setattr(tuning, "time_site", lambda *_: SiteTimes(dense=4.0, sparse=1.0))
+    wide, x = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 64)), torch.empty(512, 1024)
+    gm, before = fxprop.transform(wide, 0.25, (x,))
+    report = fxprop.tune(gm, (x,))
+    assert (before.clock.basis, before.clock.layers_measured) == ("predicted", 0)
+    assert (report.clock.basis, report.clock.layers_measured) == ("measured", 1)
+    assert 2 < report.clock.backward < 4  # all but the dense output layer, which is small, was timed at 4x
+    assert "1 layers timed on this machine's cpu" in " ".join(str(report).split())
+
+
+def test_a_timed_layer_counts_by_hand():
+    """Two layers whose sizes the model knows: the unit is fitted to the seconds of the dense one."""
+    site = next(d for d in plan_of().rewritten)
+    other_units = step_time._layer(plan_of().decisions[-1]).dense
+    timing = Timing(dense=2.0, sparse=0.5, device="cpu", wins=True)
+    units = step_time._layer(site).dense
+    clock = step_time.predict(plan_of(), 0, measured=lambda d: timing if d is site or d == site else None)
+    assert clock.backward == pytest.approx((units + other_units) / (units / 4 + other_units))
+
+
+def plan_of():
+    """Of a wide layer, and a dense output layer."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 64))
+    gm, _ = fxprop.transform(model, fxprop.Policy(keep=0.25, when="always"), (torch.empty(512, 1024),))
+    return recipe_of(gm).plans[True]
+
+
+def test_half_of_the_examples_is_about_half_of_the_backward():
+    plan = plan_of()
+    whole, half = step_time.predict(plan, 0), step_time.predict(plan, 0, examples=(1, 2))
+    assert 1 / half.backward == pytest.approx(0.5 / whole.backward + 0.1)
+
+
+def test_bench_says_what_was_expected():
+    measured = fxprop.measure(
+        nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 64)), 0.25, (torch.randn(512, 1024),), rounds=2
+    )
+    clock = measured.variants[1].clock
+    assert f"{clock.backward:.1f}x / {clock.step:.1f}x" in str(measured)
+    assert [v["expected"] for v in measured.to_dict()["variants"]] == [None, clock.to_dict()]
+    assert max(map(len, str(measured).splitlines())) <= 80

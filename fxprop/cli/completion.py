@@ -20,9 +20,9 @@ def add_completion(commands: Any, parser: argparse.ArgumentParser) -> None:
         "completion",
         "print a script that completes fxprop's command line in bash or zsh",
         """
-        eval "$(fxprop completion bash)"                                # in this shell
+        eval "$(fxprop completion bash)"             # in this shell
         fxprop completion bash -o ~/.local/share/bash-completion/completions/fxprop
-        fxprop completion zsh -o ~/.zfunc/_fxprop                       # a folder in fpath
+        fxprop completion zsh -o ~/.zfunc/_fxprop    # a folder in fpath
         """,
         lambda args: script(parser, args.shell),
     )

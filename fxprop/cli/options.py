@@ -35,7 +35,7 @@ def command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
-        description=f"{does[0].upper()}{does[1:]}.",
+        description=textwrap.fill(f"{does[0].upper()}{does[1:]}.", 80),
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

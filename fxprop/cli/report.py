@@ -47,7 +47,7 @@ def add_report(commands: Any) -> None:
         fxprop report resnet50 --format html -o report.html
         fxprop report resnet152 --all
         fxprop report vit_b_16 --policy policy.toml --format markdown -o report.md
-        fxprop report mypackage.models:make_net --input 32x3x64x64 --model-args '{"width": 2}'
+        fxprop report mypackage.models:make_net --model-args '{"width": 2}'
         fxprop report timm:convnext_tiny
         fxprop report hf:BertConfig --model-args '{"num_hidden_layers": 2}'
         """,

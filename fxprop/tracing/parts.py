@@ -155,12 +155,11 @@ class _Descent:
             counted = training == here or traced.other_mode_differs
             run: Run | InputError
             try:
-                # one on real tensors is made for what it does, not for its shapes
-                run = recording.run(backward=counted and not model.real)
+                run = recording.run(backward=counted)
             except InputError as error:
                 run = error
             faults |= disagreements(model, recording.observation, pieces, train=training)
-            if counted and not model.real:
+            if counted:
                 traced.runs[training] = run
         return faults
 
