@@ -107,6 +107,14 @@ def test_planning_is_no_part_of_the_budget(clock, monkeypatch):
         assert found["steps"] in (19, 20)
 
 
+def test_plans_after_some_steps():
+    *texts, last = equal_time.plan.plan(tiny(), [0, 3], lr=0.1, batch=8, batches=2)
+    assert [text.partition("\n")[0] for text in texts if "\n" in text] == [
+        f"tiny after {steps} dense steps of 8" for steps in (0, 3)
+    ]
+    assert last.startswith("examples-50: cosine 0.")
+
+
 def test_text_is_predicted_from_the_left():
     text = tasks.Text(torch.arange(23), 5)
     x, y = next(text.all())
