@@ -79,6 +79,15 @@ def test_warming_up_teaches_nothing():
     assert scheduler.state_dict()["examples"] == {"spread": None}
 
 
+def test_dense_ends_of_a_budget():
+    made = methods.METHODS["channel-25-ends"](tiny().make_model(), setting(tiny()))
+    dense = []
+    for done in (0.0, 0.19, 0.2, 0.89, 0.9, 1.0):
+        made.at(done)
+        dense.append(all("k" not in node.kwargs for node in made.module.graph.nodes))
+    assert dense == [True, True, False, False, True, True]
+
+
 def test_frozen_parts_get_no_gradient():
     model = methods.METHODS["frozen-2"](tasks.GlyphNet(3), setting(tiny())).module
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
