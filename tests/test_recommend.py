@@ -138,6 +138,18 @@ def test_first_parts_are_left_out_only_when_asked(speeds):
     assert "without the gradients of 0" in str(plan)
 
 
+def test_a_plan_of_layers_goes_with_examples(speeds):
+    speeds.update(frozen=3.0, auto=10.0, least=10.0)
+    gm, plan = planned(freeze=True)
+    assert plan.policy.examples == "auto"
+    assert plan.best.frozen
+    assert str(plan).partition("\n")[0].count(" with examples") == 1
+    loss(gm, batches()[0]).backward()
+    grads = {name for name, p in gm.named_parameters() if p.grad is not None}
+    assert grads == {name for name, _ in gm.named_parameters()} - plan.best.frozen
+    assert fxprop.kept_examples(gm).n == 32
+
+
 def test_progress_of_a_prefix_is_that_of_the_rest(speeds):
     gm, plan = planned(freeze=True)
     row = next(c for c in plan.tried if c.name == "without the gradients of 0")

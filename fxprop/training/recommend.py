@@ -98,9 +98,10 @@ def recommend(
             candidates += _prefixes(compared, dense, clock) if freeze else []
         else:
             candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
+        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
+        # which goes with any of them
         examples = _examples(compared, clock)
         candidates.append(examples)
-        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
     policy = best.policy
     if examples.accepted:
         policy = replace(policy, examples="auto")
