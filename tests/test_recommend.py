@@ -198,6 +198,15 @@ def test_what_is_refused_changes_nothing(speeds):
     assert gm.code == code
 
 
+def test_a_failure_in_the_middle_leaves_no_choice_behind(speeds, monkeypatch):
+    gm, _ = fxprop.transform(make_net(), 1.0, (batches()[0][0],))
+    monkeypatch.setitem(speeds, "least", None)  # compared with a number: after examples were taken
+    with pytest.raises(TypeError):
+        fxprop.recommend(gm, batches(), loss)
+    assert "forward" not in vars(gm)
+    assert fxprop.kept_examples(gm) is None
+
+
 def test_command(capsys, speeds):
     arguments = ["plan", f"{FIDELITY}make_float_mlp", "--input", "6x5"]
     speeds["least"] = 2.0

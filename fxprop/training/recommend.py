@@ -61,7 +61,7 @@ def recommend(
     >>> print(plan)
 
     Args:
-        gm: what `fxprop.transform` returned, also wrapped by DistributedDataParallel, in training mode; its
+        gm: what `fxprop.transform` returned, also wrapped as for `fxprop.fidelity`, in training mode; its
             policy does not matter.
         batches: mini-batches of the size to be trained with, at least two; of four or more progress is
             known better.
@@ -89,7 +89,8 @@ def recommend(
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
-    with compared.as_it_was(), tqdm(desc="plans", disable=not progress, leave=False) as bar:
+    bar = tqdm(desc="plans", disable=not progress, leave=False)
+    with compared.as_it_was(), bar, _uninstalled_on_error(inner):
         clock = _Clock(compared, rounds, bar)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
@@ -112,6 +113,17 @@ def recommend(
         if name in best.frozen:
             parameter.requires_grad_(False)
     return Recommendation(before.model, policy, best, tuple(candidates), report)
+
+
+@contextlib.contextmanager
+def _uninstalled_on_error(gm: nn.Module) -> Iterator[None]:
+    had_choice = chosen_in(gm) is not None
+    try:
+        yield
+    except BaseException:
+        if not had_choice:
+            uninstall(gm)
+        raise
 
 
 def _may_be_taken(candidate: Candidate) -> bool:
@@ -137,7 +149,7 @@ class _Clock:
         return statistics.median(times[0]) / statistics.median(times[1])
 
     def _step(self, number: int) -> float:
-        parameters = [p for p in self._compared.gm.parameters() if p.requires_grad]
+        parameters = [p for p in self._compared.inner.parameters() if p.requires_grad]
         batch = self._compared.batches[number % len(self._compared.batches)]
         start = _now(parameters[0].device)
         torch.autograd.grad(self._compared.loss_of(batch), parameters, allow_unused=True)
