@@ -79,6 +79,15 @@ def test_warming_up_teaches_nothing():
     assert scheduler.state_dict()["examples"] == {"spread": None}
 
 
+def test_dense_ends_of_a_budget():
+    made = methods.METHODS["channel-25-ends"](tiny().make_model(), setting(tiny()))
+    dense = []
+    for done in (0.0, 0.19, 0.2, 0.89, 0.9, 1.0):
+        made.at(done)
+        dense.append(all("k" not in node.kwargs for node in made.module.graph.nodes))
+    assert dense == [True, True, False, False, True, True]
+
+
 def test_frozen_parts_get_no_gradient():
     model = methods.METHODS["frozen-2"](tasks.GlyphNet(3), setting(tiny())).module
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
@@ -105,6 +114,14 @@ def test_planning_is_no_part_of_the_budget(clock, monkeypatch):
         # in fine-tuning the plan is made in the third step, which looks at the clock twice more
         assert found["spent"] == 20
         assert found["steps"] in (19, 20)
+
+
+def test_plans_after_some_steps():
+    *texts, last = equal_time.plan.plan(tiny(), [0, 3], lr=0.1, batch=8, batches=2)
+    assert [text.partition("\n")[0] for text in texts if "\n" in text] == [
+        f"tiny after {steps} dense steps of 8" for steps in (0, 3)
+    ]
+    assert last.startswith("examples-50: cosine 0.")
 
 
 def test_text_is_predicted_from_the_left():

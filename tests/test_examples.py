@@ -98,6 +98,20 @@ def test_cost_model():
     assert re.search(r"\d+ of \d+ layers judged as measured", out)
 
 
+def test_rare_rows(capsys):
+    main = runpy.run_path(str(EXAMPLES / "benchmarks" / "rare_rows.py"))["main"]
+    main(["--shares", "0.25", "--noise", "0", "--steps", "300", "--rows", "50"])
+    out = capsys.readouterr().out
+    found = {(name.strip(), form.strip()): float(moved) for name, form, moved in re.findall(
+        r"^\| (\S.*?) +\| (zeros|1/p|lazy) +\| ([\d.]+)", out, re.MULTILINE
+    )}  # fmt: skip
+    assert found["SGD", "zeros"] == pytest.approx(0.25, abs=0.03)  # as often, as far
+    assert found["SGD", "1/p"] == pytest.approx(1, abs=0.1)
+    assert found["Adam", "zeros"] == pytest.approx(0.25**0.5, abs=0.05)  # whatever the gradient's scale
+    assert found["Adam", "1/p"] == pytest.approx(found["Adam", "zeros"], abs=0.01)
+    assert 0.25 < found["SparseAdam", "lazy"] < found["Adam", "zeros"]
+
+
 def test_examples_stay_short():
     for script in EXAMPLES.glob("*.py"):
         assert len(script.read_text().splitlines()) < 60, script.name

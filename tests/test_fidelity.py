@@ -142,6 +142,22 @@ def test_all_stays_as_it_was():
     assert all(torch.equal(p.grad, grad) for p, grad in zip(gm.parameters(), grads, strict=True))
 
 
+def test_what_is_in_a_wrapper():
+    class Wrapper(nn.Module):
+        """As DistributedDataParallel: it has the module as `module`."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            raise AssertionError("its reductions would wait for gradients that never arrive")
+
+    gm, _ = fxprop.transform(make_mlp(), fxprop.Policy(keep=0.25, when="always"), (batches()[0][0],))
+    plain, wrapped = (fxprop.fidelity(module, batches(), loss) for module in (gm, Wrapper(gm)))
+    assert wrapped == plain
+
+
 def test_a_part_of_the_mini_batch():
     given = [(x.float(), y) for x, y in batches(2, n=8)]
     gm, _ = fxprop.transform(make_float_mlp(), fxprop.Policy(examples=0.5), (given[0][0],))

@@ -47,12 +47,13 @@ def make_mixing():
 @pytest.fixture
 def speeds(monkeypatch):
     """Speeds by the kind of plan, in place of measured ones, and layers that all save time."""
-    of = {"channels": 1.0, "auto": 1.0, "least": 1.0, "frozen": 1.0}
+    of = {"channels": 1.0, "auto": 1.0, "least": 1.0, "frozen": 1.0, "steadiness": 1.0}
 
     def speed(clock, policy, frozen=frozenset()):
+        kind = "frozen" if frozen else "channels"
         if policy.examples != 1:
-            return of["auto" if policy.examples == "auto" else "least"]
-        return of["frozen" if frozen else "channels"]
+            kind = "auto" if policy.examples == "auto" else "least"
+        return planner.Speed(of[kind], of[kind] * of["steadiness"])
 
     def site_times(gm, inputs, rounds):
         plan = planner.recipe_of(gm).plans[True]
@@ -102,6 +103,8 @@ def test_progress_decides_not_speed_alone(speeds):
     assert planned()[1].is_dense
     speeds["channels"] = 1.1 / most
     assert planned()[1].best.progress == pytest.approx(most)
+    speeds["steadiness"] = 0.9  # a quarter of the rounds were so slow
+    assert planned()[1].is_dense
 
 
 def test_examples_where_they_save_time_and_cost_none(speeds):
@@ -136,6 +139,18 @@ def test_first_parts_are_left_out_only_when_asked(speeds):
     assert frozen == plan.best.frozen
     assert frozen in ({"0.weight", "0.bias"}, {"0.weight", "0.bias", "2.weight", "2.bias"})
     assert "without the gradients of 0" in str(plan)
+
+
+def test_a_plan_of_layers_goes_with_examples(speeds):
+    speeds.update(frozen=3.0, auto=10.0, least=10.0)
+    gm, plan = planned(freeze=True)
+    assert plan.policy.examples == "auto"
+    assert plan.best.frozen
+    assert str(plan).partition("\n")[0].count(" with examples") == 1
+    loss(gm, batches()[0]).backward()
+    grads = {name for name, p in gm.named_parameters() if p.grad is not None}
+    assert grads == {name for name, _ in gm.named_parameters()} - plan.best.frozen
+    assert fxprop.kept_examples(gm).n == 32
 
 
 def test_progress_of_a_prefix_is_that_of_the_rest(speeds):
@@ -184,6 +199,15 @@ def test_what_is_refused_changes_nothing(speeds):
     with pytest.raises(ModelError, match="expected the module that fxprop.transform returned"):
         fxprop.recommend(make_mlp(), batches(), loss)
     assert gm.code == code
+
+
+def test_a_failure_in_the_middle_leaves_no_choice_behind(speeds, monkeypatch):
+    gm, _ = fxprop.transform(make_net(), 1.0, (batches()[0][0],))
+    monkeypatch.setitem(speeds, "least", None)  # compared with a number: after examples were taken
+    with pytest.raises(TypeError):
+        fxprop.recommend(gm, batches(), loss)
+    assert "forward" not in vars(gm)
+    assert fxprop.kept_examples(gm) is None
 
 
 def test_command(capsys, speeds):

@@ -25,7 +25,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from learning import results, tasks, train  # noqa: E402
+from learning import plan, results, tasks, train  # noqa: E402
 from learning.methods import METHODS  # noqa: E402
 
 # one of the benchmarks has the name of the coverage package, which numba looks for
@@ -54,6 +54,13 @@ def parse(argv):
     parser.add_argument("--pretrain", type=float, default=60.0, help="seconds, before finetune")
     parser.add_argument("--clock", choices=train.CLOCKS, default="wall", help="cpu: fair beside other work")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--plan",
+        type=int,
+        nargs="+",
+        metavar="STEPS",
+        help="no runs: what fxprop.recommend says then",
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args(argv)
@@ -73,6 +80,10 @@ def load(args, seed):
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    if args.plan:
+        for text in plan.plan(load(args, 0), sorted(args.plan), args.lr[0], args.batch[0]):
+            print(text, flush=True)
+        return
     kept = results.Runs(args.out)
     loaded = {}
 

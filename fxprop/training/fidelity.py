@@ -34,8 +34,8 @@ def fidelity(
     >>> print(fxprop.fidelity(gm, loader, lambda gm, batch: loss(gm(batch[0]), batch[1])))
 
     Args:
-        gm: what `fxprop.transform` returned, in the mode to be looked at, also wrapped by
-            DistributedDataParallel.
+        gm: what `fxprop.transform` returned, in the mode to be looked at, also wrapped by torch.compile or
+            DistributedDataParallel: what is in the wrapper is looked at, by itself.
         batches: mini-batches, at least two: each is compared, and its progress measured on the next one
             (of the last: on the first).
         loss: the loss of the module on a mini-batch, a tensor with one value.
@@ -67,7 +67,7 @@ def fidelity(
         of_dense, of_sparse = list(gradients(compared.dense)), []
         for found in gradients(recipe.in_force):
             of_sparse.append(found)
-            kept = kept_examples(gm)
+            kept = kept_examples(compared.inner)
             shares.append(1.0 if kept is None else kept.share)
         energies = energies_of(compared.inner, recipe, gradients)
     products = products_of(of_dense, of_sparse)

@@ -22,25 +22,16 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Compared:
-    """A transformed module and mini-batches, on which policies are compared.
-
-    `gm` is as it was given, perhaps wrapped; `inner` is the transformed module in it.
-    """
+    """A transformed module, taken out of what may wrap it, and mini-batches to compare policies on."""
 
     def __init__(self, gm: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
-        self.gm, self.inner, self.loss = gm, unwrap(gm), loss
+        self.inner, self.loss = unwrap(gm), loss
         self.recipe: Recipe = recipe_of(self.inner)
         self.batches = list(batches)
         if len(self.batches) < 2:
             raise InputError(
                 f"got {len(self.batches)} of at least two mini-batches: progress is measured on another one"
             )
-        self.states = []
-        state = torch.get_rng_state()
-        for _ in self.batches:
-            self.states.append(torch.get_rng_state())
-            torch.rand(())
-        torch.set_rng_state(state)
 
     @property
     def dense(self) -> Policy:
@@ -50,9 +41,9 @@ class Compared:
     def gradients(self, policy: Policy) -> Iterator[Gradients]:
         """Of the parameters, for each mini-batch."""
         with self.in_force(policy):
-            for batch, state in zip(self.batches, self.states, strict=True):
-                torch.set_rng_state(state)
-                named = {name: p for name, p in self.gm.named_parameters() if p.requires_grad}
+            for number, batch in enumerate(self.batches):
+                torch.manual_seed(number)  # the same random numbers for every policy
+                named = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
                 grads = torch.autograd.grad(self.loss_of(batch), list(named.values()), allow_unused=True)
                 yield {
                     name: torch.zeros_like(p) if grad is None else grad.to_dense().detach()
@@ -61,7 +52,7 @@ class Compared:
 
     def loss_of(self, batch: Any) -> Tensor:
         """The loss on a mini-batch; InputError for what is none."""
-        value = self.loss(self.gm, batch)
+        value = self.loss(self.inner, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise InputError(
                 f"the loss is {value!r}: expected a tensor with one value, and with a gradient"
@@ -86,18 +77,27 @@ class Compared:
     def as_it_was(self) -> Iterator[None]:
         """Leaves buffers, the random state, and what "auto" has learnt as they were."""
         buffers = {name: buffer.clone() for name, buffer in self.inner.named_buffers()}
-        choice, state = chosen_in(self.inner), torch.get_rng_state()
+        choice, states = chosen_in(self.inner), _random_states()
         learnt, last = (None, None) if choice is None else (choice.state_dict(), choice.last)
         try:
             yield
         finally:
-            torch.set_rng_state(state)
+            torch.set_rng_state(states[0])
+            if len(states) > 1:
+                torch.cuda.set_rng_state_all(states[1:])
             with torch.no_grad():
                 for name, buffer in self.inner.named_buffers():
                     buffer.copy_(buffers[name])
             if choice is not None and learnt is not None:
                 choice.load_state_dict(learnt)
                 choice.last = last
+
+
+def _random_states() -> list[Tensor]:
+    """Of the CPU, and of GPUs where they are in use."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    of_gpus = torch.cuda.get_rng_state_all() if in_use else []
+    return [torch.get_rng_state(), *of_gpus]
 
 
 def products_of(dense: list[Gradients], sparse: list[Gradients]) -> dict[str, Products]:

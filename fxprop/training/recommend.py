@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def recommend(
     >>> print(plan)
 
     Args:
-        gm: what `fxprop.transform` returned, also wrapped by DistributedDataParallel, in training mode; its
+        gm: what `fxprop.transform` returned, also wrapped as for `fxprop.fidelity`, in training mode; its
             policy does not matter.
         batches: mini-batches of the size to be trained with, at least two; of four or more progress is
             known better.
@@ -72,7 +72,8 @@ def recommend(
         rounds: timed steps of each plan, twice; dense steps take turns with them.
         progress: show a progress bar on standard error.
 
-    A plan is worth its progress (`fxprop.fidelity`) times the speed of its steps, dense = 1. Tried are:
+    A plan is worth its progress (`fxprop.fidelity`) times the speed of its steps, dense = 1; it has to be
+    worth more at the lower quartile of its speed, too. Tried are:
         channels, by layers: those that save most seconds for the progress they are expected to lose come
             first; the loss is estimated as the part of the output gradient's energy that is dropped, times
             the progress made by the layer and all layers before it, where its errors go;
@@ -89,7 +90,8 @@ def recommend(
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
-    with compared.as_it_was(), counting("plans", progress) as count:
+    counted = counting("plans", progress)
+    with compared.as_it_was(), counted as count, _uninstalled_on_error(inner):
         clock = _Clock(compared, rounds, count)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
@@ -98,9 +100,10 @@ def recommend(
             candidates += _prefixes(compared, dense, clock) if freeze else []
         else:
             candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
+        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
+        # which goes with any of them
         examples = _examples(compared, clock)
         candidates.append(examples)
-        best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
     policy = best.policy
     if examples.accepted:
         policy = replace(policy, examples="auto")
@@ -113,8 +116,28 @@ def recommend(
     return Recommendation(before.model, policy, best, tuple(candidates), report)
 
 
+@contextlib.contextmanager
+def _uninstalled_on_error(gm: nn.Module) -> Iterator[None]:
+    had_choice = chosen_in(gm) is not None
+    try:
+        yield
+    except BaseException:
+        if not had_choice:
+            uninstall(gm)
+        raise
+
+
 def _may_be_taken(candidate: Candidate) -> bool:
-    return candidate.worth >= _MARGIN and (not candidate.frozen or candidate.progress >= _LEAST_LEFT)
+    if candidate.frozen and candidate.progress < _LEAST_LEFT:
+        return False
+    return candidate.worth >= _MARGIN and candidate.least_speed * candidate.progress > 1
+
+
+class Speed(NamedTuple):
+    """How many times as fast as dense: by the medians, and the lower quartile of the rounds' ratios."""
+
+    median: float
+    least: float
 
 
 class _Clock:
@@ -123,7 +146,7 @@ class _Clock:
     def __init__(self, compared: Compared, rounds: int, count: Callable[[], object]) -> None:
         self._compared, self._rounds, self._count = compared, rounds, count
 
-    def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> float:
+    def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> Speed:
         """How many times as fast as a dense step."""
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(2):
@@ -133,10 +156,12 @@ class _Clock:
                 with self._compared.in_force(policy_now), _without(self._compared.inner, without):
                     of += [self._step(number) for number in range(self._rounds + 1)][1:]
         self._count()
-        return statistics.median(times[0]) / statistics.median(times[1])
+        ratios = [dense / own for dense, own in zip(*times, strict=True)]
+        least = statistics.quantiles(ratios, n=4)[0]
+        return Speed(statistics.median(times[0]) / statistics.median(times[1]), least)
 
     def _step(self, number: int) -> float:
-        parameters = [p for p in self._compared.gm.parameters() if p.requires_grad]
+        parameters = [p for p in self._compared.inner.parameters() if p.requires_grad]
         batch = self._compared.batches[number % len(self._compared.batches)]
         start = _now(parameters[0].device)
         torch.autograd.grad(self._compared.loss_of(batch), parameters, allow_unused=True)
@@ -179,7 +204,8 @@ def _channels(compared: Compared, dense: list[Gradients], clock: _Clock) -> list
             plan = replace(compared.dense, rules=(*rules, Rule(regex=".*", keep=1.0)))
             progress = _overall(products_of(dense, list(compared.gradients(plan)))).progress
             what = f"{share:.0%} of the channels of {number} of {len(ordered)} layers that save time"
-            found.append(Candidate(what, plan, speed=clock.speed(plan), progress=progress))
+            speed, least = clock.speed(plan)
+            found.append(Candidate(what, plan, speed=speed, progress=progress, least_speed=least))
         if not ordered:
             what = f"{share:.0%} of the channels"
             found.append(Candidate(what, compared.dense, speed=None, why="no layer is faster"))
@@ -225,8 +251,8 @@ def _examples(compared: Compared, clock: _Clock) -> Candidate:
             assert choice is not None
             count = len(next(iter(_tensors(compared.batches[0]))))
             share = choice.count(count) / count
-        now = clock.speed(policy)
-        least = clock.speed(replace(policy, examples=policy.examples_least))
+        now = clock.speed(policy).median
+        least = clock.speed(replace(policy, examples=policy.examples_least)).median
     except ExamplesError as error:
         return Candidate(name, policy, speed=None, why=str(error))
     accepted = now >= _AUTO_COSTS and least >= _AUTO_SAVES
@@ -250,10 +276,10 @@ def _prefixes(compared: Compared, dense: list[Gradients], clock: _Clock) -> list
         frozen = frozenset(name for name in names if name.startswith(parts))
         rest = sum(p.dense_next for name, p in products.items() if name not in frozen)
         what = f"without the gradients of {', '.join(part.removesuffix('.') for part in parts)}"
-        speed = clock.speed(compared.dense, frozen)
+        speed, least = clock.speed(compared.dense, frozen)
         progress = rest / total
         why = "" if progress >= _LEAST_LEFT else "most of the progress is made there"
-        found.append(Candidate(what, compared.dense, frozen, speed, progress, why))
+        found.append(Candidate(what, compared.dense, frozen, speed, progress, why, least_speed=least))
     return found
 
 

@@ -28,6 +28,8 @@ class Candidate:
     why: str = ""
     # beside the plan that is chosen
     accepted: bool = False
+    # lower quartile of the speed over the rounds
+    least_speed: float = 1.0
 
     @property
     def worth(self) -> float:

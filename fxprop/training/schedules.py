@@ -177,9 +177,6 @@ class Dense:
         schedule: what lies between; for examples also `Auto()`.
         steps: of the whole training.
         first, last: shares of `steps`, together at most 1. What is beyond `steps` is as its end.
-
-    Dense steps in the beginning bring back most of what channel selection loses, those in the end a part:
-    examples/benchmarks/RESULTS.md.
     """
 
     schedule: Callable[[int], Any]

@@ -106,11 +106,23 @@ def with_examples(share: Any, first: float = 0.0, **settings: Any) -> Maker:
     return make
 
 
-def with_policy(**settings: Any) -> Maker:
+def with_policy(first: float = 0.0, last: float = 0.0, **settings: Any) -> Maker:
+    """Sparse layers, between a first and a last part of the budget that are dense."""
+
     def make(model: nn.Module, of: Setting) -> Method:
         gm, report = fxprop.transform(model, fxprop.Policy(**settings), (of.x,))
         rewritten = sum(layer.status == "rewritten" for layer in report.layers)
-        return Method(gm, remark=f"{rewritten} of {len(report.layers)} layers")
+        keep = settings["keep"]
+        in_force = [keep]
+
+        def at(done: float) -> None:
+            wanted = keep if first <= done < 1 - last else 1.0
+            if wanted != in_force[0]:
+                fxprop.set_keep(gm, wanted)
+                in_force[0] = wanted
+
+        remark = f"{rewritten} of {len(report.layers)} layers"
+        return Method(gm, at if first or last else lambda done: None, remark=remark)
 
     return make
 
@@ -133,6 +145,7 @@ METHODS["examples-50-late"] = with_examples(0.5, first=0.2)
 METHODS["examples-50-random"] = with_examples(0.5, examples_select="random")
 # paper: what 1706.06197 and 1709.05804 propose
 METHODS["channel-25"] = with_policy(keep=0.25, score="l2")
+METHODS["channel-25-ends"] = with_policy(keep=0.25, score="l2", first=0.2, last=0.1)
 METHODS["channel-5"] = with_policy(keep=0.05, score="l2")
 METHODS["channel-25-random"] = with_policy(keep=0.25, score="random")
 METHODS["element-5"] = with_policy(keep=0.05, select="element")
