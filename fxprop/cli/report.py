@@ -30,6 +30,8 @@ from fxprop.report.report import WIDTH, Report
 from fxprop.report.wording import shape
 
 _PICTURES = ("svg", "png", "pdf")
+# selections that keep a number of things
+_COUNTED = tuple(select for select, of in SELECTIONS.items() if not of.exact)
 
 
 def add_report(commands: Any) -> None:
@@ -112,7 +114,7 @@ def _report(args: argparse.Namespace) -> str:
 
 def _layers(args: argparse.Namespace) -> str:
     sites = on_model(args, layers)
-    headers = ("layer", "type", "op", "weight", "output", *(f"n {select}" for select in SELECTIONS), "")
+    headers = ("layer", "type", "op", "weight", "output", *(f"n {select}" for select in _COUNTED), "")
     return tabulate([_row(site) for site in sites], headers, disable_numparse=True)
 
 
@@ -128,7 +130,7 @@ def _row(site: Site) -> Sequence[Any]:
         site.op,
         shape(site.weight_shape),
         shape(site.output_shape),
-        *(site.n(select) or "-" for select in SELECTIONS),
+        *(site.n(select) or "-" for select in _COUNTED),
         ", ".join(remarks),
     ]
 

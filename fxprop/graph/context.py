@@ -143,6 +143,9 @@ def with_axes(
     axes = OPERATORS[site.op].axes(of)
     if isinstance(axes, str):
         return replace(site, call=None, skip=axes)
+    # of a model without memory nothing else is known; "meta" may become the CPU
+    if weight.device not in ("cpu", "meta") or weight.dtype not in (torch.float32, torch.float64):
+        axes = axes._replace(alone=None)
     return replace(
         site,
         axes=axes,
