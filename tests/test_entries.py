@@ -1,6 +1,5 @@
 """The compiled loops over kept entries: what they keep, what they compute, and among whom they share it."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from fxprop import ops
 
 pytest.importorskip("numba", reason="the loops need numba")
 
-from fxprop.ops.entries import product_loops, products, select
+from fxprop.ops.entries import available, product_loops, products, select
 from fxprop.ops.entries.operator import entry_gradients
 
 with_loops = [operator for operator in OPERATORS if operator.name not in ("grouped_mm", "conv_batch_norm")]
@@ -137,6 +136,14 @@ def test_the_kept_entries_are_those_of_topk(dtype, kind, n):
         assert torch.equal(kept_by_loops(rows, k), wanted), k
 
 
+def test_every_nan_ranks_alike():
+    bits = torch.full((1, 5000), 0x7F800001, dtype=torch.int32)
+    bits[0, ::7] = 0x7FC00000
+    rows = bits.view(torch.float32)
+    for k in (100, 715, 2000):
+        assert torch.equal(kept_by_loops(rows, k), kept_by_topk(rows, k)), k
+
+
 def test_the_selection_is_the_same_in_every_layout():
     grad = (2 * torch.randn(3, 8, 9, 9)).round()
     last = grad.to(memory_format=torch.channels_last)
@@ -199,19 +206,25 @@ def test_any_number_of_threads_gives_the_same_bits(forced, name):
 
 
 def test_backwards_in_several_threads_at_once(forced):
-    wanted, found = of_shape("a convolution", torch.float32, 40)[0], []
+    x, w = torch.randn(6, 40, 17, 15), torch.randn(96, 40, 3, 3, requires_grad=True)
+    y, found = ops.conv2d(x, w, k=40, select="element"), []
+    grads = [torch.randn_like(y) for _ in range(4)]
 
-    def work():
-        found.extend(of_shape("a convolution", torch.float32, 40)[0] for _ in range(5))
+    def gradient(grad):
+        return torch.autograd.grad(y, w, grad, retain_graph=True)[0]
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    def work(grad):
+        found.append([gradient(grad) for _ in range(5)])
+
+    wanted = {float(gradient(grad).sum()): gradient(grad) for grad in grads}
+    threads = [threading.Thread(target=work, args=(grad,)) for grad in grads]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 20
-    # the seed is that of the process: some have drawn others' numbers
-    assert sum(torch.equal(grads[1], wanted[1]) for grads in found) >= 1
+    assert len(found) == 4
+    for of_thread in found:
+        assert all(torch.equal(one, wanted[float(one.sum())]) for one in of_thread)
 
 
 IN_A_PROCESS = """
@@ -338,13 +351,29 @@ def test_exported_with_a_free_batch(forced):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_torch_accepts_the_operator():
-    grad, x, w = torch.randn(4, 6, 5, 5), torch.randn(4, 3, 5, 5), torch.randn(6, 3, 3, 3)
-    constants = ([1, 1], [1, 1], [1, 1], False, 1, 1, [True, True, True])
-    for last in (False, True):
-        layout = torch.channels_last if last else torch.contiguous_format
-        tensors = [t.to(memory_format=layout) for t in (grad, x, w)]
-        torch.library.opcheck(entry_gradients, (*tensors, None, 9, *constants))
+CALLS = {
+    "a convolution": ((4, 6, 5, 5), (4, 3, 5, 5), (6, 3, 3, 3), [1, 1]),
+    "a linear layer": ((6, 8), (6, 5), (8, 5), []),
+    "no example": ((0, 8), (0, 5), (8, 5), []),
+    "no output feature": ((6, 0), (6, 5), (0, 5), []),
+    "no input channel": ((4, 6, 5, 5), (4, 0, 5, 5), (6, 0, 3, 3), [1, 1]),
+}
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [0, 5])
+def test_torch_accepts_the_operator(call, layout, k):
+    *shapes, ones = CALLS[call]
+    tensors = [LAYOUTS[layout](torch.randn(shape)) for shape in shapes]
+    constants = (ones, ones, ones, False, 1, 1, [True, True, True])
+    torch.library.opcheck(entry_gradients, (*tensors, None, k, *constants))
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -387,17 +416,13 @@ def test_without_numba_nothing_changes_but_the_kernels(monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@functools.cache
-def has_numba_layers():
+def test_numba_starts_no_threads_of_its_own(forced):
     import numba
 
-    return numba.threading_layer
-
-
-def test_numba_starts_no_threads_of_its_own():
     of_shape("a linear layer", torch.float32, 20)
+    assert forced
     with pytest.raises(ValueError, match="Threading layer is not initialized"):
-        has_numba_layers()()
+        numba.threading_layer()
 
 
 def sparse_behind(x, pooled):
@@ -473,6 +498,50 @@ def test_a_layer_that_would_lose_is_dense_or_masked_as_the_policy_says():
     assert "entries are too many for what each saves: predicted 0." in first[0].reason
     # slower than dense kernels, but not than those with the selection in front
     assert first[1].executed == first[1].sparse
+
+
+def test_under_autocast_the_report_counts_the_dense_kernels():
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 10)), torch.randn(64, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        gm, report = fxprop.transform(
+            model, fxprop.Policy(keep=0.02, select="element", when="always"), (x,)
+        )
+        nonzero = fxprop.estimate(model, fxprop.Policy(select="nonzero"), (x,))
+    assert report.layers[0].executed == report.layers[0].dense
+    assert f"on the mask: {available.UNKNOWN}" in fxprop.explain(gm, "0")
+    assert nonzero.layers[0].reason == available.UNKNOWN
+
+
+def test_a_helper_that_fails_is_waited_for_and_told_of():
+    from fxprop.ops.entries import threads
+
+    done = []
+
+    def fails():
+        raise ValueError("no")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="no"):
+            threads.run([*(lambda n=n: done.append(n) for n in range(50)), fails])
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == list(range(50))
+
+
+def test_where_nothing_can_be_kept_on_disk_loops_are_compiled_all_the_same(monkeypatch):
+    from fxprop.ops.entries import compiled
+
+    njit = compiled.njit
+
+    def without_folder(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(compiled, "njit", without_folder)
+    assert compiled.compiled(lambda a, b: a + b)(2, 3) == 5
 
 
 def test_the_first_call_is_told_of(caplog, forced, monkeypatch):

@@ -11,19 +11,14 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-# one of the benchmarks has the name of the coverage package, which numba looks for
-sys.path = [entry for entry in sys.path if Path(entry) != Path(__file__).parent]
-
-from fxprop import ops  # noqa: E402
-from fxprop.ops.axes import Shapes, of_convolution, of_linear  # noqa: E402
+from fxprop import ops
+from fxprop.ops.axes import Shapes, of_convolution, of_linear
 
 # rows, output features, input features
 LINEAR = ((1576, 3072, 768), (1576, 768, 3072), (64, 1024, 3136))

@@ -106,7 +106,7 @@ def _kernels(decision: Decision) -> Iterator[tuple[str, str]]:
     if selection.exact:
         yield "kernels", f"{loops} where few are left, else the dense ones; known at each backward"
     elif alone is None:
-        yield "kernels", f"{masked}: {why or 'the loops do not know this operator, device or type'}"
+        yield "kernels", f"{masked}: {why or available.UNKNOWN}"
     elif alone.wins(sparsity.k, products, site.axes.examples):
         yield "kernels", loops
     else:

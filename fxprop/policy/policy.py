@@ -244,7 +244,7 @@ class Policy(settings.Settings, settings.ExampleSettings):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
         sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
         if selection.exact and (site.axes is None or selection.alone(site.axes) is None):
-            reason = available.why_not() or "the loops over single entries do not know this operator"
+            reason = available.why_not() or available.UNKNOWN
             return Decision(site, "dense", reason, decided_by=decided_by)
         if site.is_output and not sets_amount:
             return Decision(site, "dense", "output layer", decided_by="output layer")

@@ -13,6 +13,8 @@ _SWITCH = "FXPROP_SPARSE"
 # found, not imported, which takes a second
 _INSTALLED = importlib.util.find_spec("numba") is not None
 INSTALL = "pip install 'fxprop[sparse]'"
+# why they are not run where they can be had
+UNKNOWN = "the loops over single entries do not know this operator, device or type"
 
 
 def why_not() -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxprop import progress
-from fxprop.ops.entries.calls import Call
+from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.kernels.layout import lies_channels_last
 
 _log = logging.getLogger("fxprop")
@@ -53,24 +54,22 @@ def entry_gradients(
         k: how many entries are kept of each example; 0 for all that are not zero.
         needs: which of the three are wanted.
     """
+    if not (grad.numel() and input.numel()):
+        of = zip((input, weight, grad), needs, strict=True)
+        return tuple(torch.zeros_like(x) if needed else grad.new_empty(0) for x, needed in of)  # type: ignore[return-value]
     call = Call(stride, padding, dilation, transposed, groups, matrices)
     with _first_call(grad.dtype):
-        found = _gradients(call, grad, input, weight, scores, k, needs)
+        found = _gradients(call, Tensors(grad, input, weight), scores, k, needs)
     return tuple(grad.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
 
 def _gradients(
-    call: Call,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    scores: Tensor | None,
-    k: int,
-    needs: list[bool],
+    call: Call, of: Tensors, scores: Tensor | None, k: int, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     # numba takes a second to import, and is there only where the operator is called
     from fxprop.ops.entries import products, select
 
+    grad, input, weight = of
     last = lies_channels_last(grad)
     if k == 0:
         kept = select.nonzero(grad, last)
@@ -80,27 +79,16 @@ def _gradients(
         chosen = scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
         kept = select.given(grad, last, chosen)
     positions = math.prod(grad.shape[2:])
-    work = products.Work(call, call.geometry(grad, input, weight), kept, grad.shape[1], positions, last)
+    work = products.Work(call, call.geometry(*of), kept, grad.shape[1], positions, last)
     grad_input, grad_weight = products.gradients(work, input, weight, needs[0], needs[1])
     return grad_input, grad_weight, select.masked(grad, last, kept) if needs[2] else None
 
 
 @entry_gradients.register_fake
 def _(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    scores: Tensor | None,
-    k: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    groups: int,
-    matrices: int,
-    needs: list[bool],
+    grad: Tensor, input: Tensor, weight: Tensor, scores: Tensor | None, k: int, *constants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of = zip((input, weight, grad), needs, strict=True)
+    of = zip((input, weight, grad), constants[-1], strict=True)
     return tuple(  # type: ignore[return-value]
         torch.empty_like(tensor) if needed else grad.new_empty(0) for tensor, needed in of
     )

@@ -2,7 +2,7 @@
 
 Imported only where numba is installed. Every function works on a range of what it is given and releases the
 interpreter's lock, so that threads can share the work: see `threads`. Offsets are unsigned: numba tests
-signed ones for wrap-around. Of fast math only fused multiply-adds are allowed, for NaN and inf to survive.
+signed ones for wrap-around.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from fxprop.ops.entries.compiled import compiled
 from fxprop.ops.entries.vectors import VECTOR, add_1_vector, add_4_vectors, add_8_vectors
 
-FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _U = np.uint64
 
 
-@njit(**FLAGS)
+@compiled
 def sort_by_place(
     index: Any, value: Any, count: Any, begins: Any, places: Any, layout: Any,
     ends: Any, at: Any, channel: Any, sorted_value: Any, first: int, last: int,
@@ -63,7 +62,7 @@ def sort_by_place(
             sorted_value[to] = value[n, q]
 
 
-@njit(**FLAGS)
+@compiled
 def sort_by_channel(
     at: Any, channel: Any, value: Any, begins: Any, ends: Any, starts: Any,
     sorted_at: Any, sorted_channel: Any, sorted_value: Any, first: int, last: int,
@@ -88,7 +87,7 @@ def sort_by_channel(
             sorted_at[to], sorted_channel[to], sorted_value[to] = at[q], c, value[q]
 
 
-@njit(**FLAGS)
+@compiled
 def _add(
     out: Any, at: Any, length: Any, source: Any, rows: Any, stride: Any, offset: Any, values: Any,
     first: int, last: int,
@@ -111,7 +110,7 @@ def _add(
                 out[at + c] += factor * source[start + c]
 
 
-@njit(**FLAGS)
+@compiled
 def add_products(
     out: Any, out_rows: Any, out_stride: Any, out_offsets: Any,
     source: Any, rows: Any, stride: Any, offsets: Any,
@@ -133,7 +132,7 @@ def add_products(
         q = end
 
 
-@njit(**FLAGS)
+@compiled
 def pack(source: Any, rows: int, stride: Any, offsets: Any, lengths: Any, packed: Any) -> None:
     """The pieces of every row one behind the other, and the rows without a gap.
 
@@ -148,7 +147,7 @@ def pack(source: Any, rows: int, stride: Any, offsets: Any, lengths: Any, packed
             to += lengths[p]
 
 
-@njit(**FLAGS)
+@compiled
 def move(
     source: Any, of_source: Any, into: Any, of_into: Any, channels: Any, places: Any, first: int, last: int
 ) -> None:

@@ -78,9 +78,10 @@ def masked(grad: Tensor, channels_last: bool, kept: Kept) -> Tensor:
     there = np.arange(kept.places.shape[1]) < kept.counts[:, None]
     rows = torch.zeros_like(rows_of(grad, channels_last))
     rows.numpy()[there.nonzero()[0], kept.places[there]] = kept.value[there]
-    if not channels_last:
-        return rows.view(grad.shape)
-    return rows.view(grad.movedim(1, -1).shape).movedim(-1, 1)
+    if channels_last:
+        return rows.view(grad.movedim(1, -1).shape).movedim(-1, 1)
+    found = rows.view(grad.shape)
+    return found if grad.is_contiguous() else torch.empty_like(grad).copy_(found)
 
 
 def _parts(examples: int) -> list[tuple[int, int]]:

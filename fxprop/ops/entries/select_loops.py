@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from fxprop.ops.entries.product_loops import FLAGS
+from fxprop.ops.entries.compiled import compiled
 from fxprop.ops.entries.vectors import MASKED, lowest_bit, mask_larger
 
 # one in so many entries is looked at for the first guess, but no fewer than this, up to one in four; the
@@ -20,7 +19,7 @@ _SPARSE, _SAMPLE, _SAFETY = 128, 512, 2.5
 _U = np.uint64
 
 
-@njit(**FLAGS)
+@compiled
 def _kth(keys: Any, m: int, k: int, shift: Any, histogram: Any, part: Any) -> Any:
     """The k-th largest of the first m keys, how many are larger, and how many are equal to it.
 
@@ -51,7 +50,7 @@ def _kth(keys: Any, m: int, k: int, shift: Any, histogram: Any, part: Any) -> An
         down, bins = max(0, down - 8), 256
 
 
-@njit(**FLAGS)
+@compiled
 def _gather(row: Any, magnitude: Any, least: Any, places: Any) -> int:
     """How many magnitudes of the row are larger than `least`; their places are written, in order."""
     m, j, n = 0, _U(0), _U(len(row))
@@ -69,7 +68,7 @@ def _gather(row: Any, magnitude: Any, least: Any, places: Any) -> int:
     return m
 
 
-@njit(**FLAGS)
+@compiled
 def select(
     grad: Any, bits: Any, k: int, magnitude: Any, nan: Any, shift: Any,
     index: Any, value: Any, count: Any, tied: Any, first: int, last: int,
@@ -99,6 +98,8 @@ def select(
             rank = 2 + int(share * size + _SAFETY * (share * (1 - share) * size) ** 0.5)
             if rank < size:
                 least = _kth(keys, size, rank, shift, histogram, part)[0]
+            if least == nan:
+                least = zero  # every NaN ranks alike, whatever its bits
         m = _gather(row, magnitude, least, places)
         if m < k and least > zero:
             m = _gather(row, magnitude, zero, places)
@@ -118,7 +119,7 @@ def select(
             value[r, j] = grad[r, places[j]]
 
 
-@njit(**FLAGS)
+@compiled
 def select_nonzero(
     grad: Any, bits: Any, magnitude: Any, index: Any, value: Any, count: Any, first: int, last: int
 ) -> None:

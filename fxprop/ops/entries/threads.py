@@ -11,8 +11,9 @@ for any number of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -27,8 +28,8 @@ if hasattr(os, "register_at_fork"):
 def run(tasks: Sequence[Task]) -> None:
     """Every task once, in any order; raises what the first to fail raises."""
     helpers = min(torch.get_num_threads(), len(tasks)) - 1
-    # next() on it is atomic under the interpreter's lock
-    left = iter(tasks)
+    # popleft() is atomic
+    left = deque(tasks)
     if helpers < 1:
         _work(left)
         return
@@ -39,12 +40,17 @@ def run(tasks: Sequence[Task]) -> None:
     try:
         _work(left)
     finally:
-        for other in others:
-            other.result()
+        wait(others)
+    for other in others:
+        other.result()
 
 
-def _work(left: Iterator[Task]) -> None:
-    for task in left:
+def _work(left: deque[Task]) -> None:
+    while True:
+        try:
+            task = left.popleft()
+        except IndexError:
+            return
         task()
 
 
