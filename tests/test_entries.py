@@ -268,7 +268,7 @@ def test_processes_that_come_from_one_that_has_run_them(method, tmp_path):
     script.write_text(IN_A_PROCESS.replace("METHOD", method))
     environment = {**os.environ, "FXPROP_SPARSE": "always"}
     run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=100, env=environment
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert run.stdout.split() == ["True", "True", "0"], run.stderr
 
@@ -307,7 +307,7 @@ def test_two_processes_that_average_their_gradients(tmp_path):
         [sys.executable, str(script), str(tmp_path / "meeting")],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env={**os.environ, "FXPROP_SPARSE": "always"},
     )
     assert run.stdout.split() == ["equal"], run.stderr
