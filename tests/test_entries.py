@@ -79,7 +79,7 @@ def test_the_comparison_notices_a_loop_that_leaves_an_entry_out(forced, monkeypa
     add_products = product_loops.add_products
 
     def lazy(*args):
-        return add_products(*args[:-1], args[-1] - 1)
+        return add_products(*args[:11], args[11] - 1, *args[12:])
 
     operator = next(operator for operator in with_loops if operator.name == "linear")
     keywords = {"select": "element", "score": "l1", "score_fraction": 1.0}
@@ -196,6 +196,22 @@ def test_sizes_at_which_work_is_divided(forced, name, dtype, last):
         torch.testing.assert_close(ours, theirs, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
         assert ours.stride() == theirs.stride()
     assert len(forced) == 1
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (30, 9000)])
+def test_rows_without_an_entry_get_zeros(forced, shape):
+    """Gradients of a linear layer are made of memory that is not cleared before."""
+    rows, width = shape
+    x, w = torch.randn(rows, width), torch.randn(200, width)
+    leaves = [t.requires_grad_() for t in (x, w)]
+    there = (torch.arange(rows) % 3 == 1)[:, None] & (torch.arange(200) % 7 == 2)
+    for grad in (there * torch.randn(rows, 200), torch.zeros(rows, 200)):
+        for kind in ("element", "nonzero"):
+            found = torch.autograd.grad(ops.linear(x, w, k=150, select=kind), leaves, grad)
+            for ours, theirs in zip(found, (grad @ w, grad.t() @ x), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+                assert (ours.any(1) == theirs.any(1)).all()
+    assert len(forced) == 4
 
 
 @pytest.mark.parametrize("name", SHAPES)

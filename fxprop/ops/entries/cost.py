@@ -20,7 +20,7 @@ _PIECE = 3.0
 _SELECT, _MOVE = 1.4, 1.0
 # once a call, for each number of the weight and each product: where it lies well, and where it has several
 # taps, which are rearranged
-_WEIGHT, _TAPS = 0.4, 1.8
+_WEIGHT, _TAPS = 0.3, 1.8
 # to find and mask the largest entries, by torch
 _TOPK = 12.0
 # what a call costs, whatever there is to do

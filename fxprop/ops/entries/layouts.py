@@ -30,6 +30,11 @@ def zeros(size: int, like: Tensor) -> Tensor:
     return torch.from_numpy(raw[begin : begin + size])
 
 
+def empty(size: int, like: Tensor) -> Tensor:
+    """So many numbers, whatever is there."""
+    return torch.empty(size, dtype=like.dtype)
+
+
 def to_rows(tensor: Tensor, of: Geometry) -> Tensor:
     """[N, C, *spatial] as the flat [N, *padded size, C]; its own memory if it lies so."""
     examples, channels, *spatial = tensor.shape

@@ -111,25 +111,38 @@ def _add(
 
 
 @compiled
+def _clear(out: Any, row: int, stride: Any, offsets: Any, lengths: Any) -> None:
+    for p in range(len(lengths)):
+        at = _U(row) * stride + offsets[p]
+        out[at : at + lengths[p]] = 0
+
+
+@compiled
 def add_products(
     out: Any, out_rows: Any, out_stride: Any, out_offsets: Any,
     source: Any, rows: Any, stride: Any, offsets: Any,
-    lengths: Any, values: Any, first: int, last: int,
+    lengths: Any, values: Any, first: int, last: int, fresh: int, fresh_end: int,
 ) -> None:  # fmt: skip
     """Every entry q from first to last times a row of `source`, added to a row of `out`, piece by piece.
 
     A piece p of a row has lengths[p] numbers, from offsets[p] on; entries of one row of `out` follow each
-    other.
+    other. The rows fresh..fresh_end of `out`, to which they are in order, hold anything before.
     """
     q = first
     while q < last:
         row, end = out_rows[q], q + 1
+        while fresh < fresh_end and fresh <= row:
+            _clear(out, fresh, out_stride, out_offsets, lengths)
+            fresh += 1
         while end < last and out_rows[end] == row:
             end += 1
         for p in range(len(lengths)):
             at = row * out_stride + out_offsets[p]
             _add(out, at, lengths[p], source, rows, stride, offsets[p], values, q, end)
         q = end
+    while fresh < fresh_end:
+        _clear(out, fresh, out_stride, out_offsets, lengths)
+        fresh += 1
 
 
 @compiled

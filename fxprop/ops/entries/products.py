@@ -14,7 +14,7 @@ from torch import Tensor
 from fxprop.ops.entries import product_loops as loops
 from fxprop.ops.entries.calls import Call
 from fxprop.ops.entries.geometry import Geometry, Kind, split, taps_of
-from fxprop.ops.entries.layouts import from_rows, to_rows, zeros
+from fxprop.ops.entries.layouts import empty, from_rows, to_rows, zeros
 from fxprop.ops.entries.select import Kept
 from fxprop.ops.entries.threads import ranges, run, tasks
 
@@ -60,6 +60,11 @@ class Work(NamedTuple):
         return self.features * self.call.matrices
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it has no spatial dimensions. Then every number of the gradients is met, and set."""
+        return not self.of.size
+
+    @property
     def begins(self) -> NDArray[np.int64]:
         """Where each example's entries begin, and the end of the last."""
         return np.concatenate([[0], self.kept.counts.cumsum()])
@@ -73,8 +78,8 @@ def gradients(
     weight_layout = taps_of(weight)
     rows = to_rows(_by_channel(weight, call), weight_layout)
     padded = to_rows(input, of)
-    grad_padded = zeros(padded.numel(), input) if needs_input else None
-    grad_rows = zeros(rows.numel(), weight) if needs_weight else None
+    grad_padded = (empty if work.is_linear else zeros)(padded.numel(), input) if needs_input else None
+    grad_rows = (empty if work.is_linear else zeros)(rows.numel(), weight) if needs_weight else None
     width = input.shape[1] // call.groups
     for kind in of.kinds:
         entries, ends = _by_place(work, kind)
@@ -111,8 +116,10 @@ def _by_place(work: Work, kind: Kind) -> tuple[Sorted, NDArray[np.int64]]:
     entries, ends = Sorted.empty(int(begins[-1]), kept.value), np.empty(work.examples, np.int64)
     matrix_rows = max(1, work.examples // work.call.matrices)
     layout = (work.positions, work.features, work.call.groups, math.prod(work.of.size), matrix_rows)
+    # of one position the index is the channel: nothing to look for
+    last = work.channels_last or work.positions == 1
     sort = functools.partial(
-        loops.sort_by_place, *kept, begins, kind.places, (*layout, work.channels_last), ends, *entries
+        loops.sort_by_place, *kept, begins, kind.places, (*layout, last), ends, *entries
     )
     run([functools.partial(sort, *part) for part in ranges(work.examples, tasks())])
     return entries, ends
@@ -129,17 +136,18 @@ def _add_to_input(
     examples = ranges(work.examples, max(1, tasks() // len(apart) // (len(parts) if packs else 1)))
 
     def task(parts: list[Kind], first: int, last: int) -> None:
+        fresh = (first, last) if work.is_linear else (0, 0)
         for part in parts:
             of_weight = (source, np.uint64(work.of.row), part.in_weight)
             if packs:
                 of_weight = _pack(source, work.channels, work.of.row, part.in_weight, part.lengths)
             from_, stride, offsets = of_weight
-            for n in range(first, last) if work.positions > 1 else (first,):
-                end = ends[n] if work.positions > 1 else ends[last - 1]
+            for n in (first,) if work.is_linear else range(first, last):
+                end = ends[last - 1] if work.is_linear else ends[n]
                 loops.add_products(
                     out, entries.at, np.uint64(width), part.in_input,
                     from_, entries.channel, stride, offsets,
-                    part.lengths, entries.value, begins[n], end,
+                    part.lengths, entries.value, begins[n], end, *fresh,
                 )  # fmt: skip
 
     run([functools.partial(task, parts, *part) for parts in apart for part in examples])
@@ -182,10 +190,11 @@ def _add_to_weight(
                 )
                 # rows are counted from the first example; unsigned numbers may wrap around
                 of_input = (from_, stride, offsets - np.uint64(begin * places) * stride)
+            fresh = (first, last) if work.is_linear and number == 0 else (0, 0)
             loops.add_products(
                 out, by_channel.channel, np.uint64(work.of.row), part.in_weight,
                 of_input[0], by_channel.at, of_input[1], of_input[2],
-                part.lengths, by_channel.value, starts[number, first], starts[number, last],
+                part.lengths, by_channel.value, starts[number, first], starts[number, last], *fresh,
             )  # fmt: skip
 
     channels = ranges(work.channels, max(1, tasks() // len(parts) // (2 if packs else 1)))
