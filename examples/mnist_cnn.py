@@ -25,14 +25,14 @@ def load(data, train):
     return torch.utils.data.TensorDataset(torch.stack([x for x, _ in digits]), digits.targets)
 
 
-def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False, policy=None):
-    """Last test accuracy, seconds per epoch [(backward, whole step)], and fxprop's report."""
+def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False, **others):
+    """Last accuracy, seconds per epoch [(backward, whole step)], fxprop's report; others: policy, lr."""
     torch.manual_seed(seed)
     batches = torch.utils.data.DataLoader(load(data, True), 64, shuffle=True)
     images, labels = load(data, False).tensors
-    policy = policy or (1.0 if select == "dense" else fxprop.Policy(keep=keep, select=select))
+    policy = others.get("policy") or (1.0 if select == "dense" else fxprop.Policy(keep=keep, select=select))
     model, report = fxprop.transform(make_cnn(norm_after), policy, (torch.empty(64, 1, 28, 28),))
-    optimizer, times = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    optimizer, times = torch.optim.Adam(model.parameters(), lr=others.get("lr", 1e-3)), []
     for epoch in range(1, epochs + 1):
         backward, start = 0.0, time.perf_counter()
         for x, y in tqdm(batches, f"epoch {epoch}", disable=quiet, leave=False):
@@ -52,8 +52,8 @@ def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool"
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--select", choices=("element", "channel", "dense"), default="channel")
+    parser.add_argument("--select", choices=("element", "channel", "nonzero", "dense"), default="channel")
     parser.add_argument("--norm-after", choices=("pool", "conv"), default="pool")
-    for name, default in {"data": "data", "keep": 0.05, "epochs": 6, "seed": 0}.items():
+    for name, default in {"data": "data", "keep": 0.05, "epochs": 6, "seed": 0, "lr": 1e-3}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     print(train(**vars(parser.parse_args()))[2])

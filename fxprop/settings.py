@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Required, TypedDict, get_args
 
 from fxprop.errors import PolicyError
 
-Select = Literal["channel", "element", "row"]
+Select = Literal["channel", "element", "row", "nonzero"]
 BiasGrad = Literal["full", "selected"]
 NormGrad = Literal["full", "kept"]
 WeightGrad = Literal["dense", "row_sparse"]
@@ -176,7 +176,9 @@ SETTINGS = (
         "select",
         Select,
         "whole output channels for the whole batch (meProp's unified form); the top-k entries of each "
-        "example; or whole rows: examples of a convolution, tokens of a linear layer",
+        "example; whole rows: examples of a convolution, tokens of a linear layer; or, whatever `keep` "
+        "says, every entry that is not zero: the dense gradients, faster where few are left "
+        "([below](#speed))",
         "select",
     ),
     Setting(

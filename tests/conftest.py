@@ -8,7 +8,6 @@ import kept_nets
 import pytest
 import torch
 
-# behind all else: one of the benchmarks has the name of the coverage package
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,6 +1,6 @@
 """Models of transformers, timm and torchvision's detection zoo: a training step, small, without downloads.
 
-examples/benchmarks/coverage.py does the same for many more; `pytest -m slow` runs those.
+examples/benchmarks/zoo_coverage.py does the same for many more; `pytest -m slow` runs those.
 """
 
 import pytest

@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 import fxprop
+from fxprop.ops.entries import available
 from fxprop.report.by_module import readable_depth, rows_of
 from fxprop.report.units import Unit
 
@@ -68,7 +69,9 @@ def test_resnet50_every_layer_on_a_wide_terminal(golden):
     golden("resnet50_all_160.txt", estimated("resnet50").to_text(width=160, depth="all"))
 
 
-def test_something_of_everything(golden, mixed):
+def test_something_of_everything(golden, mixed, monkeypatch):
+    # without numba the report says so
+    monkeypatch.setattr(available, "why_not", lambda: None)
     golden("mixed.txt", mixed.to_text(width=100))
     golden("mixed.md", mixed.to_markdown())
 

@@ -1,4 +1,4 @@
-"""What coverage.py compares with: torch alone, without fxprop.
+"""What zoo_coverage.py compares with: torch alone, without fxprop.
 
 A `TorchFunctionMode` sees every product with a parameter in the untouched model. It counts their FLOPs, and
 masks their output gradients by hand for the gradients that a sparse backward has to give.

@@ -34,6 +34,8 @@ from fxprop.report.wording import shape
 # columns of the list of layers that a narrow terminal does without, first those that say least
 _LEAST = ("type", "n row", "n element", "output", "op")
 _PICTURES = ("svg", "png", "pdf")
+# selections that keep a number of things
+_COUNTED = tuple(select for select, of in SELECTIONS.items() if not of.exact)
 
 
 def add_report(commands: Any) -> None:
@@ -116,7 +118,7 @@ def _report(args: argparse.Namespace) -> str:
 
 def _layers(args: argparse.Namespace) -> str:
     sites = on_model(args, layers)
-    headers = ["layer", "type", "op", "weight", "output", *(f"n {select}" for select in SELECTIONS), ""]
+    headers = ["layer", "type", "op", "weight", "output", *(f"n {select}" for select in _COUNTED), ""]
     rows = [_row(site) for site in sites]
     # a table whose lines are broken cannot be read; whoever reads from a pipe wants all columns
     width = shutil.get_terminal_size().columns if args.output == "-" and sys.stdout.isatty() else None
@@ -143,7 +145,7 @@ def _row(site: Site) -> Sequence[Any]:
         site.op,
         shape(site.weight_shape),
         shape(site.output_shape),
-        *(site.n(select) or "-" for select in SELECTIONS),
+        *(site.n(select) or "-" for select in _COUNTED),
         ", ".join(remarks),
     ]
 

@@ -143,6 +143,8 @@ def with_axes(
     axes = OPERATORS[site.op].axes(of)
     if isinstance(axes, str):
         return replace(site, call=None, skip=axes)
+    if not all(_is_for_loops(tensor) for tensor in (input, weight, output) if tensor):
+        axes = axes._replace(alone=None)
     return replace(
         site,
         axes=axes,
@@ -153,6 +155,12 @@ def with_axes(
         needs_grad_input=reached and (input is None or input.requires_grad),
         needs_grad_weight=reached and weight.requires_grad,
     )
+
+
+def _is_for_loops(tensor: TensorInfo) -> bool:
+    """Whether loops over kept entries can be run on it; under autocast an output has the type it chose."""
+    # of a model without memory nothing else is known; "meta" may become the CPU
+    return tensor.device in ("cpu", "meta") and tensor.dtype in (torch.float32, torch.float64)
 
 
 def call_name(target: Callable[..., Any] | str) -> str:

@@ -11,6 +11,8 @@ from torch import nn
 from fxprop.errors import ReportError
 from fxprop.inspection.code import code_changes, code_lines, describe_decision, generated_node, operation
 from fxprop.ops.axes import Shape
+from fxprop.ops.entries import available
+from fxprop.ops.selections import SELECTIONS
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.plan.decisions import Decision
 from fxprop.policy.policy import Policy
@@ -81,12 +83,34 @@ def _settings(decision: Decision) -> Iterator[tuple[str, str]]:
     if sparsity.score_fraction != 1:
         part = "each expert's rows" if decision.site.op == "grouped_mm" else "the batch"
         yield "", f"scores from {sparsity.score_fraction:g} of {part}"
+    yield from _kernels(decision)
     yield "gradients", f"bias {sparsity.bias}, weight {sparsity.weight_grad}"
     if sparsity.chain is not None:
         chain = sparsity.chain
         yield "chain", f"grad_input for {chain.k} of {chain.n} channels, which {chain.upstream} reads"
     for at, why in enumerate(decision.dropped):
         yield "" if at else "left out", why
+
+
+def _kernels(decision: Decision) -> Iterator[tuple[str, str]]:
+    """By what single entries are computed, and why."""
+    site, sparsity = decision.site, decision.sparsity
+    assert sparsity is not None
+    assert site.axes is not None
+    selection = SELECTIONS[sparsity.select]
+    if selection.of_slices:
+        return
+    loops, masked = "compiled loops (numba) over the kept entries alone", "the dense kernels, on the mask"
+    alone, why = selection.alone(site.axes), available.why_not()
+    products = site.needs_grad_input + site.needs_grad_weight
+    if selection.exact:
+        yield "kernels", f"{loops} where few are left, else the dense ones; known at each backward"
+    elif alone is None:
+        yield "kernels", f"{masked}: {why or available.UNKNOWN}"
+    elif alone.wins(sparsity.k, products, site.axes.examples):
+        yield "kernels", loops
+    else:
+        yield "kernels", f"{masked}: expected to be faster than the loops"
 
 
 def _other_rules(policy: Policy, decision: Decision) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fxprop.ops.entries.cost import Example
 from fxprop.ops.indices import Indices, einsum_indices, matmul_indices
 
 Shape = tuple[int, ...]
@@ -34,6 +35,8 @@ class Axes(NamedTuple):
     weight_rows: bool = False
     # matrices that each have `rows` rows of their own
     matrices: int = 1
+    # what one row is to the loops over kept entries; None where they cannot be run
+    alone: Example | None = None
 
     @property
     def n(self) -> int:
@@ -44,6 +47,11 @@ class Axes(NamedTuple):
     def channels(self) -> int:
         """Output channels or features of all groups together."""
         return self.groups * self.features
+
+    @property
+    def examples(self) -> int | None:
+        """What single entries are chosen from, one by one."""
+        return None if self.rows is None else self.matrices * self.rows
 
     @property
     def entries(self) -> int | None:
@@ -90,7 +98,12 @@ def _convolution(of: Shapes, features: int, multiply_adds: int | None, weight_ro
     if of.output is not None:
         rows = of.output[0] if len(of.output) == rank else 1
         example = math.prod(of.output[1 - rank :])
-    return Axes(groups, features, rows, example, multiply_adds, features == 1, weight_rows)
+    alone = None
+    if of.input is not None and rows and example is not None:
+        steps = of.constants.get("dilation", 1)
+        joined = weight_rows and groups == 1 and (steps if isinstance(steps, int) else list(steps)[-1]) == 1
+        alone = Example.of(example, math.prod(of.input) // rows, of.weight, joined, not weight_rows)
+    return Axes(groups, features, rows, example, multiply_adds, features == 1, weight_rows, alone=alone)
 
 
 def of_linear(of: Shapes) -> Axes | str:
@@ -99,14 +112,18 @@ def of_linear(of: Shapes) -> Axes | str:
         return f"weight of shape {of.weight}"
     features = of.weight[0]
     rows = None if of.output is None else math.prod(of.output[:-1])
-    return Axes(1, features, rows, features, _times(of.output, of.weight[1:]), weight_rows=True)
+    alone = Example.of(features, of.weight[1], of.weight, joined=False)
+    return Axes(
+        1, features, rows, features, _times(of.output, of.weight[1:]), weight_rows=True, alone=alone
+    )
 
 
 def of_addmm(of: Shapes) -> Axes | str:
     """Input [rows, in_features], weight [in_features, out_features]."""
     features = of.weight[1]
     rows = None if of.input is None else of.input[0]
-    return Axes(1, features, rows, features, _times(of.input, (features,)))
+    alone = Example.of(features, of.weight[0], (features, of.weight[0]), joined=False)
+    return Axes(1, features, rows, features, _times(of.input, (features,)), alone=alone)
 
 
 def of_grouped_mm(of: Shapes) -> Axes | str:
@@ -142,11 +159,13 @@ def _product(op: str, indices: Indices, of: Shapes) -> Axes | str:
     for letter, size in zip(indices.input, of.input or (), strict=False):
         if sizes.setdefault(letter, size) != size:
             return f"{op} of {of.input} and {of.weight} broadcasts, which has no sparse backward"
-    batch, features = (math.prod(sizes[i] for i in part) for part in (indices.batch, indices.features))
+    parts = (indices.batch, indices.features, indices.contracted)
+    batch, features, width = (math.prod(sizes[i] for i in part) for part in parts)
     if of.input is None:
         return Axes(batch, features, None, features, None, matrices=batch)
     rows = math.prod(sizes[i] for i in indices.rows)
-    return Axes(batch, features, rows, features, math.prod(sizes.values()), matrices=batch)
+    alone = Example.of(features, width, (features, width), joined=False)
+    return Axes(batch, features, rows, features, math.prod(sizes.values()), matrices=batch, alone=alone)
 
 
 def _times(shape: Shape | None, of_weight: Shape) -> int | None:

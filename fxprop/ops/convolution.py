@@ -170,8 +170,9 @@ def conv2d(
         k: how many to keep; k >= n is the dense operator.
         select: "channel" keeps the same k output channels of every group for the whole batch (for
             groups = C_out: k channels with their groups) and computes with the smaller tensors.
-            "element" keeps the top-k of each example's flattened C_out x H x W; the rest is masked and
-            the dense kernels run, so nothing is saved on the clock.
+            "element" keeps the top-k of each example's flattened C_out x H x W, and computes with these
+            alone where numba is installed and that is faster; elsewhere the rest is masked and the dense
+            kernels run. "nonzero" drops nothing, and skips zeros where few entries are left.
         score: "l1", "l2", "random" or a registered name.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.keep import Keep
 
 # of input, weight and bias; None for what is not needed
@@ -75,6 +76,14 @@ class Form(ABC):
     @abstractmethod
     def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
         """The dense gradients of an arranged input and the weight; of `of`, only what is not given."""
+
+    def as_call(self, grad: Tensor, of: Operands) -> tuple[Call, Tensors] | None:
+        """What it is to the loops over kept entries, with grad, input and weight; None if it is nothing."""
+        return None
+
+    def of_call(self, grads: Pair, of: Operands) -> Pair:
+        """Gradients of what `as_call` gives, in the shapes of input and weight."""
+        return grads
 
     def others_of_rows(self, kept: Tensor, of: Operands) -> tuple[Tensor, ...]:
         """The others for the rows `kept` alone, which are in order."""

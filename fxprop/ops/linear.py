@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.engine import run
+from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.form import Form, Operands, Pair, sums_per_channel
 from fxprop.ops.function import of_all_rows
 from fxprop.ops.keep import Keep
@@ -80,6 +81,12 @@ class Linear(Form):
 
     def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
         return grad.mm(weight) if of.needed[0] else None, grad.t().mm(input) if of.needed[1] else None
+
+    def as_call(self, grad: Tensor, of: Operands) -> tuple[Call, Tensors] | None:
+        return Call([], [], []), Tensors(grad, self.arrange_input(of.input), of.weight)
+
+    def of_call(self, grads: Pair, of: Operands) -> Pair:
+        return self.restore(grads, of)
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         return sums_per_channel(grad, (0,), kept, shape)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fxprop.errors import OpError
 from fxprop.ops.calling import autocast, check_keep, is_dense, sparse
 from fxprop.ops.engine import run
+from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.indices import Indices, WeightSide, einsum_indices, matmul_indices
 from fxprop.ops.keep import Keep
@@ -108,6 +109,19 @@ class Contraction(Form):
 
     def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
         return _products(grad, input, self._arrange_weight(weight), of)
+
+    def as_call(self, grad: Tensor, of: Operands) -> tuple[Call, Tensors] | None:
+        weight = self._arrange_weight(of.weight).transpose(1, 2)
+        call = Call([], [], [], matrices=len(weight))
+        input = self.arrange_input(of.input)
+        return call, Tensors(grad.flatten(0, 1), input.flatten(0, 1), weight.flatten(0, 1))
+
+    def of_call(self, grads: Pair, of: Operands) -> Pair:
+        i = self.indices
+        batch = math.prod([of.input.shape[i.input.index(letter)] for letter in i.batch])
+        split = (None if grad is None else grad.reshape(batch, -1, grad.shape[1]) for grad in grads)
+        grad_input, grad_weight = split
+        return self.restore((grad_input, None if grad_weight is None else grad_weight.transpose(1, 2)), of)
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         """Of addmm: a bias that broadcasts to [rows, features]."""

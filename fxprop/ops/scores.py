@@ -125,10 +125,15 @@ def scores_over(grad_output: Tensor, dims: tuple[int, ...], keep: Keep) -> Tenso
     return scores + 0 * _l1(grad_output, dims) if hides_nonfinite else scores
 
 
+def is_magnitude(keep: Keep) -> bool:
+    """Whether the score of a single entry is its magnitude, as both norms are."""
+    return keep.score in _SEE_NONFINITE
+
+
 def entry_scores(grad_output: Tensor, keep: Keep) -> Tensor:
     """As `scores_over`, for each entry alone."""
-    if keep.score in _SEE_NONFINITE:
-        return grad_output.abs()  # of one entry both norms are its magnitude
+    if is_magnitude(keep):
+        return grad_output.abs()
     # a dimension to reduce: torch's reductions over none of them reduce all
     return scores_over(grad_output.unsqueeze(-1), (grad_output.dim(),), keep)
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from fxprop.ops.axes import Axes
+from fxprop.ops.entries import available
+from fxprop.ops.entries.cost import Example
+from fxprop.ops.entries.run import alone_gradients, nonzero_gradients
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import is_channels_last
@@ -34,8 +37,10 @@ class Selection(Protocol):
     unit: str
     # whether channels are chosen, once for all examples: what else is set for those has a meaning then
     of_channels: bool
-    # whether what is kept is all that is computed
-    executes: bool
+    # whether whole channels or rows are kept, so that dense products of what is left are all there is
+    of_slices: bool
+    # whether nothing that is not zero is dropped: then nothing is asked of k
+    exact: bool
     # whether there are as many to choose from as the batch has; then k is a share in generated code
     counts_batch: bool
 
@@ -53,10 +58,13 @@ class Selection(Protocol):
         """
 
     def moved_by_product(self, sizes: Sizes, share: float, depthwise: bool) -> float:
-        """Entries that a product of the sparse backward reads and writes. Asked only if `executes`."""
+        """Entries that a product of the sparse backward reads and writes. Asked only if `of_slices`."""
 
     def moved_once(self, sizes: Sizes, share: float) -> float:
         """Entries that gathering what is kept reads and writes."""
+
+    def alone(self, axes: Axes) -> Example | None:
+        """What an example is to loops over kept entries, if these can be run for this selection."""
 
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         """Whether k is all of n channels, or of an example's entries, so that the dense operator is run."""
@@ -75,7 +83,8 @@ class Channel:
 
     unit = "channels"
     of_channels = True
-    executes = True
+    of_slices = True
+    exact = False
     counts_batch = False
 
     def n(self, axes: Axes) -> int | None:
@@ -101,6 +110,9 @@ class Channel:
     def moved_once(self, sizes: Sizes, share: float) -> float:
         return 2 * share * (sizes.output + sizes.weight)
 
+    def alone(self, axes: Axes) -> Example | None:
+        return None
+
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return k >= n
 
@@ -119,13 +131,15 @@ class Channel:
 class Element:
     """The top-k entries of each example: meProp's first form (1706.06197, equation 5).
 
-    grad_output is masked and the dense kernels run. k is capped: a smaller image than the one the plan was
-    made for has fewer entries. An entry that is not finite ranks highest, except with "random".
+    Where numba is installed, and few enough are kept, only these are computed with: see `entries`.
+    Elsewhere grad_output is masked and the dense kernels run. k is capped: a smaller image than the one the
+    plan was made for has fewer entries. An entry that is not finite ranks highest, except with "random".
     """
 
     unit = "elements"
     of_channels = False
-    executes = False
+    of_slices = False
+    exact = False
     counts_batch = False
 
     def n(self, axes: Axes) -> int | None:
@@ -145,6 +159,9 @@ class Element:
     def moved_once(self, sizes: Sizes, share: float) -> float:
         return 2 * sizes.output
 
+    def alone(self, axes: Axes) -> Example | None:
+        return axes.alone if available.why_not() is None else None
+
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return example is not None and k >= example
 
@@ -154,6 +171,10 @@ class Element:
     def backward(
         self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
     ) -> Gradients:
+        alone = alone_gradients(form, keep, grad, of, bias is not None)
+        if alone is not None:
+            pair, kept = alone
+            return *pair, None if bias is None else form.bias(kept, None, of.weight, bias)
         grad = mask_entries(form.examples(grad), keep).view(grad.shape)
         pair = form.products(grad, form.arrange_input(of.input), of.weight, of)
         grad_bias = None if bias is None else form.bias(grad, None, of.weight, bias)
@@ -169,7 +190,8 @@ class Row:
 
     unit = "rows"
     of_channels = False
-    executes = True
+    of_slices = True
+    exact = False
     counts_batch = True
 
     def n(self, axes: Axes) -> int | None:
@@ -192,6 +214,9 @@ class Row:
         # the rest of grad_input is set to zero
         return 2 * share * (sizes.output + sizes.input) + sizes.input
 
+    def alone(self, axes: Axes) -> Example | None:
+        return None
+
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return isinstance(k, float) and k >= 1
 
@@ -211,6 +236,38 @@ class Row:
         if bias is not None:
             grad_bias = form.bias(_spread_rows(taken, kept, grad), None, of.weight, bias)
         return *form.restore((grad_input, grad_weight), of), grad_bias
+
+
+class Nonzero(Element):
+    """Every entry that is not zero: the gradients are the dense ones, whatever k is.
+
+    Behind ReLU and max-pooling few are left, and loops over those can be faster than the dense kernels; how
+    few they are decides at every backward. Compiled code, which cannot ask, is dense.
+    """
+
+    exact = True
+
+    def scored(self, axes: Axes, of: LayerSettings) -> int:
+        return 0
+
+    def select_ops(self, axes: Axes, of: LayerSettings) -> int:
+        assert axes.entries is not None
+        return axes.entries
+
+    def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
+        return False
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+        return grad
+
+    def backward(
+        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+    ) -> Gradients:
+        pair = nonzero_gradients(form, grad, of)
+        if pair is None:
+            found = form.products(grad, form.arrange_input(of.input), of.weight, of)
+            pair = form.restore(found, of)
+        return *pair, None if bias is None else form.bias(grad, None, of.weight, bias)
 
 
 def _choose_rows(form: Form, keep: Keep, grad: Tensor) -> Tensor:
@@ -244,4 +301,9 @@ def mask_entries(grad_output: Tensor, keep: Keep) -> Tensor:
     return torch.zeros_like(grad_output).scatter_(1, kept, grad_output.gather(1, kept))
 
 
-SELECTIONS: dict[Select, Selection] = {"channel": Channel(), "element": Element(), "row": Row()}
+SELECTIONS: dict[Select, Selection] = {
+    "channel": Channel(),
+    "element": Element(),
+    "row": Row(),
+    "nonzero": Nonzero(),
+}

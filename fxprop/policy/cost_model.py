@@ -41,6 +41,9 @@ def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
     if speedup is None or speedup >= 1:
         return None
     assert site.axes is not None
+    if not SELECTIONS[sparsity.select].of_slices:
+        what = f"{sparsity.k} of {sparsity.n} entries are too many for what each saves"
+        return f"{site.op}, {what}: predicted {speedup:.1f}x; when='always' rewrites it anyway"
     kind = "depthwise" if site.axes.depthwise else "1x1" if _is_pointwise(site) else site.op
     return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it anyway"
 
@@ -49,12 +52,19 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
     """Time of the dense backward over that of the sparse one; None where it is not modelled."""
     shapes = (site.input_shape, site.weight_shape, site.output_shape)
     selection, axes = SELECTIONS[sparsity.select], site.axes
-    if not selection.executes or axes is None or axes.multiply_adds is None or None in shapes:
+    if axes is None or axes.multiply_adds is None or None in shapes:
         return None
-    sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
     needs = (site.needs_grad_input, site.needs_grad_weight)
+    sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
     if sum(sizes) < IN_CACHE or not any(needs):
         return None
+    if not selection.of_slices:
+        alone = selection.alone(axes)
+        return (
+            None
+            if alone is None or selection.exact
+            else alone.speedup(sparsity.k, sum(needs), axes.examples)
+        )
     share = sparsity.k / sparsity.n
     flops = 2.0 * axes.multiply_adds * (DEPTHWISE if axes.depthwise else 1)
     dense = sparse = 0.0

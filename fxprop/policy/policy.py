@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from fxprop import settings
 from fxprop.errors import OpError, PolicyError
+from fxprop.ops.entries import available
 from fxprop.ops.scores import FROM_SUMS, get_score
 from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Decision, Plan, Sparsity
@@ -113,7 +114,8 @@ class Policy(settings.Settings, settings.ExampleSettings):
         keep: share kept, 0 < keep <= 1; 1.0 means dense. Or
         k: how many are kept, at least 1; k >= n means dense. With neither, layers stay dense unless a
             rule says otherwise. k follows from keep as max(1, floor(keep * n + 0.5)).
-        select: what is chosen: "channel", "element" or another of `fxprop.ops.selections`.
+        select: what is chosen: "channel", "element" or another of `fxprop.ops.selections`. Of "nonzero",
+            which drops nothing, `keep` is not asked.
         score: "l1", "l2", "random", or a name given to `fxprop.ops.register_score`.
         round_to: k is rounded up to a multiple of this, and capped at n.
         bias: "full" (bias gradient from all of grad_output) or "selected".
@@ -237,9 +239,13 @@ class Policy(settings.Settings, settings.ExampleSettings):
                 decided_by, rule = f"rule {number} ({candidate.conditions()})", candidate
                 break
         policy = self._with(rule)
-        if policy.k is None and (policy.keep is None or policy.keep == 1.0):
+        selection = SELECTIONS[policy.select]
+        if not selection.exact and policy.k is None and (policy.keep is None or policy.keep == 1.0):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
         sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
+        if selection.exact and (site.axes is None or selection.alone(site.axes) is None):
+            reason = available.why_not() or available.UNKNOWN
+            return Decision(site, "dense", reason, decided_by=decided_by)
         if site.is_output and not sets_amount:
             return Decision(site, "dense", "output layer", decided_by="output layer")
         n = site.n(policy.select)
@@ -247,12 +253,12 @@ class Policy(settings.Settings, settings.ExampleSettings):
             reason = f"select={policy.select!r} needs shapes that are known only with example_inputs"
             return Decision(site, "skipped", reason, decided_by=decided_by)
         of_layer, dropped = settings.of_layer(policy, site)
-        share = policy.keep if SELECTIONS[policy.select].counts_batch and policy.k is None else None
+        share = policy.keep if selection.counts_batch and policy.k is None else None
         if share is not None and policy.round_to != 1:
             dropped += (f"round_to={policy.round_to}: how many rows there are is known only at run time",)
             policy = replace(policy, round_to=1)
-        k = _kept(policy, n)
-        if k == n and share is None:
+        k = n if selection.exact else _kept(policy, n)
+        if k == n and share is None and not selection.exact:
             return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
         region = Sparsity(k, n, share, region=True, **vars(of_layer))
         alone = replace(region, region=False, norm_grad="full")

@@ -99,7 +99,11 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         )
     assert site.axes is not None
     selection = SELECTIONS[sparsity.select]
-    executed = sparse if selection.executes else dense
+    alone = selection.alone(site.axes)
+    is_alone = (
+        alone is not None and not selection.exact and alone.wins(sparsity.k, sum(needs), site.axes.examples)
+    )
+    executed = sparse if selection.of_slices or is_alone else dense
     select_ops = selection.select_ops(site.axes, sparsity) if any(needs) else 0
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
 

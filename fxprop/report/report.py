@@ -26,8 +26,8 @@ class Report(ReportData):
 
     Counts are FLOPs, one multiply-add = 2, of one backward pass on the example inputs in the given
     mode. `dense` is the ordinary backward, `sparse` the arithmetic that the kept entries need,
-    `executed` what fxprop's kernels perform; element selection masks and runs the dense kernels, so
-    there `executed` equals `dense`.
+    `executed` what fxprop's kernels perform; where element selection masks and runs the dense kernels
+    it equals `dense`.
     """
 
     def to_json(self) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fxprop.ops.entries import available
 from fxprop.ops.selections import SELECTIONS
 from fxprop.report import learning
 from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
 from fxprop.report.units import percent, scaled
 
-_EXECUTING = {name for name, selection in SELECTIONS.items() if selection.executes}
 COLUMNS: tuple[Column, ...] = ("dense", "sparse", "executed")
 
 
@@ -40,12 +40,7 @@ def notes(report: ReportData) -> list[str]:
             f"top-k: {scaled(totals.select_ops)} element operations.",
         ]
     lines += [line for line in (on_the_clock(report), learning.of_settings(report)) if line]
-    masking = {layer.select for layer in report.layers if layer.select} - _EXECUTING
-    if masking:
-        lines.append(
-            f"select={', '.join(map(repr, sorted(masking)))} masks the gradient and runs the dense "
-            "kernels: executed equals dense, and no time is saved."
-        )
+    lines += _by_entries(report)
     if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
         lines.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
     if chained := sum(layer.chain is not None for layer in report.layers):
@@ -77,6 +72,33 @@ def on_the_clock(report: ReportData) -> str:
         f"FLOPs are not time. On the clock: backward {clock.backward:.1f}x, whole step {clock.step:.1f}x "
         f"as fast as dense ({basis})."
     )
+
+
+def _by_entries(report: ReportData) -> list[str]:
+    """How layers that keep single entries are computed."""
+    selected = [(layer, SELECTIONS[layer.select]) for layer in report.layers if layer.select]
+    entries = [layer for layer, of in selected if not (of.of_slices or of.exact)]
+    alone = [x for x in entries if x.executed is not None and x.executed != x.dense]
+    selects = ", ".join(sorted({repr(layer.select) for layer in entries}))
+    lines = []
+    if exact := sum(of.exact for _, of in selected):
+        lines.append(
+            f"select='nonzero' at {exact} layers: the gradients are the dense ones; how many entries are "
+            "zero, and with it what is executed, is known at each backward alone."
+        )
+    if alone:
+        lines.append(
+            f"select={selects}: {len(alone)} layers compute with the kept entries alone, by compiled loops "
+            "(numba) on the CPU."
+        )
+    if len(alone) < len(entries):
+        why = available.why_not()
+        of = f" at {len(entries) - len(alone)} layers" if alone else ""
+        lines.append(
+            f"select={selects} masks the gradient{of} and runs the dense kernels: executed equals dense, "
+            f"and no time is saved{f' ({why})' if why else ''}."
+        )
+    return lines
 
 
 def describe_examples(report: ReportData) -> str:

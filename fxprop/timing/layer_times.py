@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.catalogue import OPERATORS, Operator, arguments
+from fxprop.ops.entries import available
 from fxprop.ops.reads import Product
 from fxprop.ops.regions.table import RegionKind
+from fxprop.ops.selections import SELECTIONS
 from fxprop.plan.decisions import Sparsity
 from fxprop.plan.sites import Operand, Site
 
@@ -52,10 +54,10 @@ def key(site: Site, sparsity: Sparsity, conditions: Conditions) -> str:
     call = site.call
     constants = {} if call is None else dict(sorted(call.constants.items()))
     needs = (site.needs_grad_input, site.needs_grad_weight, call is not None and call.bias is not None)
-    return " ".join(
-        str(part)
-        for part in (site.op, site.input_shape, site.weight_shape, constants, needs, sparsity, conditions)
-    )
+    parts = [site.op, site.input_shape, site.weight_shape, constants, needs, sparsity, conditions]
+    if not SELECTIONS[sparsity.select].of_slices and available.why_not() is None:
+        parts.append("with loops")
+    return " ".join(map(str, parts))
 
 
 def can_time(site: Site) -> bool:

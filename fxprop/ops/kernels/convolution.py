@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops.axes import channel_runs
+from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.form import Form, Operands, Pair, sums_per_channel
 from fxprop.ops.function import of_all_rows
 from fxprop.ops.keep import Keep
@@ -86,6 +87,10 @@ class Convolution(Form):
 
     def products(self, grad: Tensor, input: Tensor, weight: Tensor, of: Operands) -> Pair:
         return self._dense(grad, input, weight, self.groups, of.needed)
+
+    def as_call(self, grad: Tensor, of: Operands) -> tuple[Call, Tensors] | None:
+        call = Call(self.stride, self.padding, self.dilation, self.transposed, self.groups)
+        return call, Tensors(grad, of.input, of.weight)
 
     def bias(self, grad: Tensor, kept: Tensor | None, weight: Tensor, shape: torch.Size) -> Tensor:
         return sums_per_channel(grad, (0, *range(2, grad.dim())), kept, shape)

@@ -33,9 +33,12 @@ def is_channels_last(tensor: Tensor) -> bool:
     traced twice, the second time with contiguous gradients, and the first trace never leaves the autocast
     mode that it entered: whatever follows would be traced without autocast.
     """
-    if is_compiling():
-        return False
-    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+    return not is_compiling() and lies_channels_last(tensor)
+
+
+def lies_channels_last(tensor: Tensor) -> bool:
+    """The same of a tensor that is there, whatever is being traced."""
+    return tensor.dim() > 2 and not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
 
 
 def take_channels(grad_output: Tensor, kept: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,25 @@ def _attention_backward_flops(
     return int(2 * math.prod(query[:3]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
 
 
+def _entries_flops(
+    grad: Any,
+    input: Any,
+    weight: Any,
+    scores: Any,
+    k: int,
+    *constants: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    """Every kept entry meets a row of the weight, for each gradient."""
+    transposed, needs = constants[3], constants[6]
+    examples, entries = grad[0], math.prod(grad[1:])
+    row = (weight[0] if transposed else weight[1]) * math.prod(weight[2:])
+    # without k as many as are not zero, which shapes do not tell
+    kept = min(k, entries) if k else entries
+    return int(2 * examples * kept * row * (bool(needs[0]) + bool(needs[1])))
+
+
 FORMULAS = {
     torch.ops.aten.convolution_backward: _conv_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_mm_flops,
@@ -57,6 +77,14 @@ FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+
+
+@functools.cache
+def _tell_torch() -> None:
+    """Torch's own counter shall know fxprop's operator, too."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.fxprop.entry_gradients)(_entries_flops)
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,6 +103,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
+        _tell_torch()
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self._torch = FlopCounterMode(display=False, custom_mapping=FORMULAS)

@@ -24,11 +24,13 @@ class TensorInfo:
     dtype: torch.dtype
     # whether the backward of the model as it is (with what is frozen) needs its gradient
     requires_grad: bool
+    # where it is: "cpu", "cuda", "meta"
+    device: str = "cpu"
 
 
 def tensor_info(tensor: torch.Tensor) -> TensorInfo:
     """The record of `tensor`."""
-    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.device.type)
 
 
 @dataclass

@@ -256,7 +256,7 @@ class Recording:
         info = tensor_info(tensor)
         function = self.function(tensor)
         if function is not None:
-            return _Pending(info.shape, info.dtype, info.requires_grad, function)
+            return _Pending(info, function)
         return replace(info, requires_grad=id(tensor) in self._required)
 
     # --- when it is done ----------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Recording:
         def settle(info: Any) -> Any:
             if not isinstance(info, _Pending):
                 return info
-            return TensorInfo(info.shape, info.dtype, info.function in requiring)
+            return TensorInfo(info.shape, info.dtype, info.function in requiring, info.device)
 
         for calls in self._run.calls.values():
             for call in calls:
@@ -305,10 +305,8 @@ class Recording:
 class _Pending(TensorInfo):
     """A TensorInfo whose requires_grad depends on what the autograd graph leads to."""
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, function: int
-    ) -> None:
-        super().__init__(shape, dtype, requires_grad)
+    def __init__(self, info: TensorInfo, function: int) -> None:
+        super().__init__(info.shape, info.dtype, info.requires_grad, info.device)
         object.__setattr__(self, "function", function)
 
     function: int

@@ -1,4 +1,4 @@
-"""How much of a model zoo's backward fxprop reaches: `coverage.py --library timm --filter 'resnet*'`.
+"""How much of a model zoo's backward fxprop reaches: `zoo_coverage.py --library timm --filter 'resnet*'`.
 
 For every model: front-end, layers found and rewritten, the share of the FLOPs of all products with
 parameters that is in layers which a policy can name, whether the forward is equal to the bit, whether the
