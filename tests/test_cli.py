@@ -212,7 +212,7 @@ def test_errors_are_one_line_and_exit_1(capsys, argv, match):
 
 
 def test_usage_errors_exit_2(capsys):
-    for argv in ([], ["repot"], ["report"], ["report", "resnet18", "--no-such-option"]):
+    for argv in (["repot"], ["report"], ["report", "resnet18", "--no-such-option"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(argv)
 
