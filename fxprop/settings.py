@@ -178,7 +178,7 @@ SETTINGS = (
         "whole output channels for the whole batch (meProp's unified form); the top-k entries of each "
         "example; whole rows: examples of a convolution, tokens of a linear layer; or, whatever `keep` "
         "says, every entry that is not zero: the dense gradients, faster where few are left "
-        "([more](limits.md))",
+        "([more](single-entries.md))",
         "select",
     ),
     Setting(

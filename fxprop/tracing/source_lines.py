@@ -16,7 +16,7 @@ import torch
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 # the machinery between the user's line and the node
-_MACHINERY = (f"{Path(torch.__file__).parent.as_posix()}/", "/fxprop/tracing/")
+_MACHINERY = (f"{Path(torch.__file__).parent.as_posix()}/", "/torch/nn/", "/torch/fx/", "/fxprop/tracing/")
 
 # where runs of a model begin
 _RUN = [str(Path(__file__).with_name("observe") / name) for name in ("accounting.py", "run.py")]
