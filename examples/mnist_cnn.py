@@ -30,7 +30,8 @@ def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool"
     torch.manual_seed(seed)
     batches = torch.utils.data.DataLoader(load(data, True), 64, shuffle=True)
     images, labels = load(data, False).tensors
-    policy = others.get("policy") or (1.0 if select == "dense" else fxprop.Policy(keep=keep, select=select))
+    sparse = fxprop.Policy(keep=keep, select="channel" if select == "dense" else select, when="always")
+    policy = others.get("policy") or (1.0 if select == "dense" else sparse)
     model, report = fxprop.transform(make_cnn(norm_after), policy, (torch.empty(64, 1, 28, 28),))
     optimizer, times = torch.optim.Adam(model.parameters(), lr=others.get("lr", 1e-3)), []
     for epoch in range(1, epochs + 1):

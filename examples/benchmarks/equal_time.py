@@ -18,18 +18,11 @@ import argparse
 import datetime
 import itertools
 import platform
-import sys
 from pathlib import Path
 
 import torch
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from learning import plan, results, tasks, train  # noqa: E402
-from learning.methods import METHODS  # noqa: E402
-
-# one of the benchmarks has the name of the coverage package, which numba looks for
-sys.path = [entry for entry in sys.path if Path(entry) != HERE]
+from learning import plan, results, tasks, train
+from learning.methods import METHODS
 
 # seeds of the grid, which no comparison uses
 GRID_SEED = 1000
