@@ -123,7 +123,9 @@ def _row(task: str, budget: float, name: str, groups: dict[tuple[Any, ...], dict
     dense = groups.get((task, budget, "dense"), {})
     seeds = sorted(of.keys() & dense.keys()) if name != "dense" else []
     any_run = next(iter(of.values()))
-    kept = " ".join(f"{statistics.mean(r['kept'][q] for r in of.values()):.2f}" for q in range(4))
+    # a run of very few steps has fewer quarters than four
+    quarters = min(len(r["kept"]) for r in of.values())
+    kept = " ".join(f"{statistics.mean(r['kept'][q] for r in of.values()):.2f}" for q in range(quarters))
     losses, accuracies = ([r["test"][i] for r in of.values()] for i in (0, 1))
     compared = ["", "", "", ""]
     if seeds:
