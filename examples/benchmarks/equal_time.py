@@ -42,7 +42,8 @@ def parse(argv):
     parser.add_argument("--grid-seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.1])
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="0: the grid alone")
+    parser.add_argument("--first-seed", type=int, default=0, help="for several processes, each with an --out")
     parser.add_argument("--test", type=int, default=4000, help="test images, at most")
     parser.add_argument("--pretrain", type=float, default=60.0, help="seconds, before finetune")
     parser.add_argument("--clock", choices=train.CLOCKS, default="wall", help="cpu: fair beside other work")
@@ -113,13 +114,14 @@ def main(argv=None):
     usual = best.get("dense", (args.lr[0], args.batch[0]))
     chosen = []
     for budget in args.budgets:
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             for name in args.methods:
                 lr, batch = best.get(name, usual)
                 key = {"method": name, "budget": budget, "lr": lr, "batch": batch, "seed": seed}
                 chosen.append(once(**key, grid=False))
-    print(results.table(chosen))
-    if args.plot:
+    if chosen:
+        print(results.table(chosen))
+    if chosen and args.plot:
         results.plot(chosen, args.plot)
 
 

@@ -1,57 +1,99 @@
-"""Compiled loops on as many threads as torch uses, without a threading layer of numba's.
+"""Compiled loops on the threads that torch's own operators run on.
 
 >>> run([functools.partial(loop, part) for part in parts])
 
-The loops release the interpreter's lock, so plain Python threads do. Numba's own layers either stop the
-process when two threads come at once (workqueue: torch's autograd may call from any) or when it was forked
-(OpenMP). What a task computes does not depend on which thread takes it, so results are the same to the bit
-for any number of threads.
+The loops release the interpreter's lock, so any threads do. Torch's are taken because they stay on their
+cores for milliseconds after an operator of torch's, waiting for the next at full speed: threads of fxprop's
+own would get half of such a core. Numba's own layers either stop the process when two threads come at once
+(workqueue: torch's autograd may call from any) or when it was forked (OpenMP). What a task computes does not
+depend on which thread takes it, so results are the same to the bit for any number of threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 
 Task = Callable[[], object]
 
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pools: dict[int, ThreadPoolExecutor] = {}
-# a child has the pools' records, but not their threads
+# a child has the records of its parent's threads, but not the threads
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def run(tasks: Sequence[Task]) -> None:
     """Every task once, in any order; raises what the first to fail raises."""
-    helpers = min(torch.get_num_threads(), len(tasks)) - 1
-    # popleft() is atomic
-    left = deque(tasks)
-    if helpers < 1:
-        _work(left)
-        return
+    threads = min(torch.get_num_threads(), len(tasks))
+    # popleft() and append() are atomic
+    left, failed = deque(tasks), deque[BaseException]()
+
+    def work(_: object = None) -> None:
+        try:
+            while True:
+                try:
+                    task = left.popleft()
+                except IndexError:
+                    return
+                task()
+        except BaseException as error:
+            failed.append(error)
+
+    in_parallel = None if threads == 1 or _forked else openmp()
+    if threads == 1:
+        work()
+    elif in_parallel:
+        in_parallel(_BODY(work), None, threads, 0)
+    else:
+        _on_own_threads(work, threads - 1)
+    if failed:
+        raise failed[0]
+
+
+@functools.cache
+def openmp() -> Any:
+    """What begins a parallel region of torch's OpenMP, called (body, its argument, threads, flags).
+
+    GNU's name for it, which compilers put into programs and LLVM's and Intel's runtimes have too. None
+    where torch has none of these.
+    """
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    try:
+        # a library finds what those have that it was linked with: the runtime that torch itself calls
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    found.restype = None
+    return found
+
+
+def _on_own_threads(work: Task, helpers: int) -> None:
     pool = _pools.get(helpers)
     if pool is None:
         pool = _pools.setdefault(helpers, ThreadPoolExecutor(helpers, "fxprop"))
-    others = [pool.submit(_work, left) for _ in range(helpers)]
-    try:
-        _work(left)
-    finally:
-        wait(others)
+    others = [pool.submit(work) for _ in range(helpers)]
+    work()
     for other in others:
         other.result()
-
-
-def _work(left: deque[Task]) -> None:
-    while True:
-        try:
-            task = left.popleft()
-        except IndexError:
-            return
-        task()
 
 
 def tasks() -> int:
