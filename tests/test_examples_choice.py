@@ -248,6 +248,27 @@ def test_auto_is_smoothed():
     assert choice.spread == pytest.approx(0.9 * 0.81 + 0.1 * 3)
 
 
+def test_auto_that_keeps_all_looks_at_one_call_in_eight():
+    choice = Choice("auto")
+    assert not choice.rests(), "nothing is known yet"
+    choice.note(torch.ones(8))
+    assert [choice.rests() for _ in range(10)] == [True] * 7 + [False] * 3, "until it has looked again"
+    assert Choice("auto", spread=0.0, rested=choice.rested).rests() is False
+    choice.note(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    choice.count(8)
+    # what it sees stands for the seven that it did not see
+    assert choice.spread == pytest.approx((1 - 0.9**8) * 3)
+    assert not choice.rests()
+    other = Choice("auto")
+    other.load_state_dict({**choice.state_dict(), "spread": 0.0, "rested": 5})
+    assert [other.rests() for _ in range(3)] == [True, True, False]
+
+
+def test_what_needs_no_look_always_rests():
+    assert all(Choice(1.0).rests() for _ in range(20))
+    assert not Choice(0.5).rests()
+
+
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 @pytest.mark.parametrize("before", [None, 1.0])
 def test_auto_passes_over_what_is_not_finite(norm, before):
@@ -266,10 +287,10 @@ def test_auto_of_gradients_that_are_all_zero():
 
 def test_what_auto_has_learnt_is_state():
     choice = Choice("auto")
-    assert choice.state_dict() == {"spread": None}
+    assert choice.state_dict() == {"spread": None, "rested": 0}
     choice.note(NORMS)
     state = choice.state_dict()
-    assert state == {"spread": pytest.approx(spread_of(NORMS))}
+    assert state == {"spread": pytest.approx(spread_of(NORMS)), "rested": 0}
     other = Choice("auto")
     other.note(torch.ones(8))  # forgotten
     other.load_state_dict(pickle.loads(pickle.dumps(state)))

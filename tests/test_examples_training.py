@@ -134,6 +134,38 @@ def test_a_checkpoint_around_the_module(use_reentrant):
     assert_same(grads(gm), grads(model), 1e-9)
 
 
+def test_auto_that_keeps_all_mostly_calls_the_model_as_it_is():
+    model, gm, _ = make(Net(), examples="auto")
+    # all of one size, so that all are kept
+    x, grad = inputs(), torch.nn.functional.normalize(output_gradient())
+    names = []
+    for _ in range(17):
+        output = gm(x)
+        names.append("Compiled" in output.grad_fn.name())
+        output.backward(grad)
+    # the first, which teaches, and then every eighth
+    assert [n for n, compiled in enumerate(names) if compiled] == [0, 8, 16]
+    model(x).backward(grad)
+    assert_same(grads(gm), {name: 17 * g for name, g in grads(model).items()}, 1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_repeats_what_auto_did(use_reentrant):
+    model, gm, _ = make(Net(dropout=0.4), examples="auto")
+    x, grad = inputs().requires_grad_(), torch.nn.functional.normalize(output_gradient())
+    for step in range(5):
+        outputs = []
+        for seed in range(3):
+            torch.manual_seed(3 * step + seed)
+            outputs.append(checkpoint(gm, x, use_reentrant=use_reentrant))
+        for output in outputs:
+            output.backward(grad)
+    for seed in range(15):
+        torch.manual_seed(seed)
+        model(x).backward(grad)
+    assert_same(grads(gm), grads(model), 1e-9)
+
+
 def test_saved_tensors_may_be_moved_meanwhile(net):
     model, gm, choice = net
     x, grad = inputs(), output_gradient()

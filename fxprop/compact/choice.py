@@ -18,6 +18,8 @@ from fxprop.settings import ExamplesSelect
 _SMOOTHING = 0.9
 # "auto" decides for eighths of the mini-batch
 _STEPS = 8
+# while it keeps all it looks at one call in so many: the others cost what they cost without it
+_LOOKS = 8
 # examples without any gradient are drawn this much more rarely than the one with the largest
 _LEAST_SCORE = 1e-6
 
@@ -47,7 +49,8 @@ class Choice:
 
     `share` may be changed at any time; "auto" follows the spread of the examples' gradient norms: with CV
     their deviation over their mean, the share is factor / (1 + CV^2), between `least` and 1. The spread is
-    read one step late, so that nothing waits for the device.
+    read one step late, so that nothing waits for the device. While it keeps all, most calls of the module
+    `rest`: they need no cut.
     """
 
     share: float | Literal["auto"]
@@ -60,19 +63,24 @@ class Choice:
     spread: float | None = None
     # backwards that went through a cut so far
     served: int = 0
+    # calls of the module that needed no cut since the last that had one
+    rested: int = 0
     # the call of backward() that was decided for last, and of how many examples
     _decided: tuple[int, int] = field(default=(-1, 0), repr=False)
     _arriving: Tensor | None = field(default=None, repr=False)
     _event: Any = field(default=None, repr=False)
+    # for how many calls the spread that arrives stands
+    _stands_for: int = field(default=1, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What "auto" has learnt."""
         self._read_spread(wait=True)
-        return {"spread": self.spread}
+        return {"spread": self.spread, "rested": self.rested}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.spread, self._arriving = state["spread"], None
+        self.rested = state.get("rested", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_spread(wait=True)
@@ -82,15 +90,25 @@ class Choice:
         """Whether all examples enter, whatever the mini-batch."""
         return self.share == 1
 
+    def rests(self) -> bool:
+        """Whether a call that comes now takes all examples, and nothing is to be learnt from it."""
+        if self.share == "auto":
+            if self._by_spread() < 1 or self.spread is None or self.rested == _LOOKS - 1:
+                return False
+            self.rested += 1
+        return self.share in (1, "auto")
+
     def count(self, n: int) -> int:
         """How many of n examples the next backward takes; 2 at least: graphs are made for several."""
-        if self.share == "auto":
-            self._read_spread(wait=False)
-            if self.spread is None:
-                return n
-            share = min(1.0, self.factor / (1 + self.spread))
-            return take_share(max(self.least, round(share * _STEPS) / _STEPS), n)
-        return take_share(self.share, n)
+        return take_share(self._by_spread() if self.share == "auto" else self.share, n)
+
+    def _by_spread(self) -> float:
+        """The share that "auto" takes."""
+        self._read_spread(wait=False)
+        if self.spread is None:
+            return 1.0
+        share = min(1.0, self.factor / (1 + self.spread))
+        return max(self.least, round(share * _STEPS) / _STEPS)
 
     def decide(self, n: int) -> tuple[int, bool]:
         """How many of n examples a graph's backward takes, and whether it is the first in `backward()`.
@@ -115,6 +133,7 @@ class Choice:
 
     def note(self, norms: Tensor) -> None:
         """Let "auto" learn from the norms of a mini-batch."""
+        self._stands_for, self.rested = 1 + self.rested, 0
         spread = norms.var(correction=0) / norms.mean().square().clamp_min(1e-30)
         if norms.device.type == "cuda":
             arriving = torch.empty((), dtype=spread.dtype, pin_memory=True)
@@ -134,7 +153,8 @@ class Choice:
         spread, self._arriving = float(self._arriving), None
         if spread == spread:  # not NaN, of a step that overflowed
             smoothed = spread if self.spread is None else self.spread
-            self.spread = _SMOOTHING * smoothed + (1 - _SMOOTHING) * spread
+            stays = _SMOOTHING**self._stands_for
+            self.spread = stays * smoothed + (1 - stays) * spread
 
 
 def inclusion(norms: Tensor, k: int) -> Tensor:
@@ -153,8 +173,9 @@ def inclusion(norms: Tensor, k: int) -> Tensor:
     rest = ordered.flip(0).cumsum(0).flip(0)
     left = k - torch.arange(len(scores), dtype=scores.dtype, device=scores.device)
     fits = (ordered * left <= rest) | (left <= 1)
-    capped = fits.int().argmax()
-    rate = left[capped] / rest[capped]
+    # not left[capped]: an index of one element is read, and the device waited for
+    capped = fits.int().argmax(0, keepdim=True)
+    rate = left.gather(0, capped) / rest.gather(0, capped)
     return (scores * rate).clamp_max(1.0)
 
 

@@ -41,8 +41,9 @@ _AUTO_COSTS, _AUTO_SAVES = 0.97, 1.1
 # of the progress, what a model without its first parts must still make: more than a step ahead is not seen
 _LEAST_LEFT = 0.5
 _NO_PROGRESS = "the dense gradient makes no progress on another mini-batch either: give more of them"
-# what a plan must promise, since progress is measured on a few mini-batches
-_MARGIN = 1.05
+# what a plan must promise, since progress is measured on a few mini-batches; one of channels more, since
+# progress looks a step ahead: those that promised up to 1.1 have lost (examples/benchmarks/RESULTS.md)
+_MARGIN, _MARGIN_OF_CHANNELS = 1.05, 1.25
 
 
 def recommend(
@@ -130,7 +131,8 @@ def _uninstalled_on_error(gm: nn.Module) -> Iterator[None]:
 def _may_be_taken(candidate: Candidate) -> bool:
     if candidate.frozen and candidate.progress < _LEAST_LEFT:
         return False
-    return candidate.worth >= _MARGIN and candidate.least_speed * candidate.progress > 1
+    margin = _MARGIN if candidate.frozen else _MARGIN_OF_CHANNELS
+    return candidate.worth >= margin and candidate.least_speed * candidate.progress > 1
 
 
 class Speed(NamedTuple):
