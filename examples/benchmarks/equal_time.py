@@ -43,7 +43,9 @@ def parse(argv):
     parser.add_argument("--lr", type=float, nargs="+", default=[0.1])
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--seeds", type=int, default=5, help="0: the grid alone")
-    parser.add_argument("--first-seed", type=int, default=0, help="for several processes, each with an --out")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="for several processes with an --out each"
+    )
     parser.add_argument("--test", type=int, default=4000, help="test images, at most")
     parser.add_argument("--pretrain", type=float, default=60.0, help="seconds, before finetune")
     parser.add_argument("--clock", choices=train.CLOCKS, default="wall", help="cpu: fair beside other work")

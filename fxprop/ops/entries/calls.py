@@ -36,8 +36,15 @@ class Call(NamedTuple):
 
     def geometry(self, grad: Tensor, input: Tensor, weight: Tensor) -> Geometry:
         """How the numbers lie that an entry of `grad` meets."""
-        shape = (input.shape[2:], grad.shape[2:], weight.shape[2:], input.shape[1] // self.groups)
-        return geometry(*shape, self.groups, self.stride, self.padding, self.dilation, self.transposed)
+        shape = (input.shape[2:], grad.shape[2:], weight.shape[2:])
+        constants = (self.stride, self.padding, self.dilation)
+        return geometry(
+            *(tuple(of) for of in shape),
+            input.shape[1] // self.groups,
+            self.groups,
+            *(tuple(of) for of in constants),
+            self.transposed,
+        )
 
     def example(self, of: Tensors) -> Example:
         """What the backward of one example is made of."""

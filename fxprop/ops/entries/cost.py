@@ -24,7 +24,7 @@ _WEIGHT, _TAPS = 0.3, 1.8
 # to find and mask the largest entries, by torch
 _TOPK = 12.0
 # what a call costs, whatever there is to do
-_CALL = 250e3
+_CALL = 1e6
 
 
 class Example(NamedTuple):

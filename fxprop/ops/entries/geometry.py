@@ -8,9 +8,9 @@ meets a run of the weight's row for the entry's channel. A transposed convolutio
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Offsets = NDArray[np.uint64]
+Sizes = tuple[int, ...]
 
 
 class Along(NamedTuple):
@@ -86,11 +87,13 @@ def _along_transposed(
     return Along(end, begin, places, kinds, of_kinds)
 
 
+# more layers than most models have; for a large map they take a while
+@functools.lru_cache(256)
 def geometry(
-    input: Sequence[int], output: Sequence[int], kernel: Sequence[int], channels: int, groups: int,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
+    input: Sizes, output: Sizes, kernel: Sizes, channels: int, groups: int,
+    stride: Sizes, padding: Sizes, dilation: Sizes, transposed: bool,
 ) -> Geometry:  # fmt: skip
-    """Of a call with these spatial sizes; `channels` are the input's in one group.
+    """Of a call with these spatial sizes; `channels` are the input's in one group. Not to be written to.
 
     >>> geometry((56, 56), (56, 56), (3, 3), 64, 1, (1, 1), (1, 1), (1, 1), False).size
     (58, 58)

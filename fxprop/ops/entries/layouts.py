@@ -1,8 +1,4 @@
-"""From the layouts of torch's tensors to those of the loops, and back, by threads of fxprop's own.
-
-Torch's parallel copies would leave its threads waiting, at full speed, for the next of them, while the
-loops run on the same cores.
-"""
+"""From the layouts of torch's tensors to those of the loops, and back."""
 
 from __future__ import annotations
 

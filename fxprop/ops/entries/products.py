@@ -131,26 +131,37 @@ def _add_to_input(
     begins, source, out = work.begins, _flat(rows), _flat(into)
     parts = split(kind, max(_SHORTEST, _CACHED // work.channels // _SHORTEST * _SHORTEST))
     packs = len(parts) > 1 and len(entries.at) >= _MET * work.channels
-    # different parts of one tap are different numbers of the input, which threads may have for themselves
-    apart = [[part] for part in parts] if len(kind.lengths) == 1 else [parts]
-    examples = ranges(work.examples, max(1, tasks() // len(apart) // (len(parts) if packs else 1)))
 
-    def task(parts: list[Kind], first: int, last: int) -> None:
+    def packed(part: Kind, threads: bool) -> tuple[NDArray[Any], Any, Any]:
+        if not packs:
+            return source, np.uint64(work.of.row), part.in_weight
+        return _pack(source, work.channels, work.of.row, part.in_weight, part.lengths, threads)
+
+    def add(part: Kind, of_weight: tuple[NDArray[Any], Any, Any], first: int, last: int) -> None:
         fresh = (first, last) if work.is_linear else (0, 0)
-        for part in parts:
-            of_weight = (source, np.uint64(work.of.row), part.in_weight)
-            if packs:
-                of_weight = _pack(source, work.channels, work.of.row, part.in_weight, part.lengths)
-            from_, stride, offsets = of_weight
-            for n in (first,) if work.is_linear else range(first, last):
-                end = ends[last - 1] if work.is_linear else ends[n]
-                loops.add_products(
-                    out, entries.at, np.uint64(width), part.in_input,
-                    from_, entries.channel, stride, offsets,
-                    part.lengths, entries.value, begins[n], end, *fresh,
-                )  # fmt: skip
+        for n in (first,) if work.is_linear else range(first, last):
+            end = ends[last - 1] if work.is_linear else ends[n]
+            loops.add_products(
+                out, entries.at, np.uint64(width), part.in_input,
+                of_weight[0], entries.channel, of_weight[1], of_weight[2],
+                part.lengths, entries.value, begins[n], end, *fresh,
+            )  # fmt: skip
 
-    run([functools.partial(task, parts, *part) for parts in apart for part in examples])
+    if len(kind.lengths) == 1:
+        # different parts of one tap are different numbers of the input: each thread may have its own
+        count = tasks() // len(parts) // (len(parts) if packs else 1)
+        examples = ranges(work.examples, max(1, count))
+        run(
+            [
+                lambda part=part, some=some: add(part, packed(part, False), *some)  # type: ignore[misc]
+                for part in parts
+                for some in examples
+            ]
+        )
+        return
+    for part in parts:
+        of_weight = packed(part, True)
+        run([functools.partial(add, part, of_weight, *some) for some in ranges(work.examples, tasks())])
 
 
 def _add_to_weight(
@@ -206,10 +217,17 @@ def _flat(tensor: Tensor) -> NDArray[Any]:
     return found
 
 
-def _pack(source: NDArray[Any], rows: int, stride: int, offsets: Any, lengths: Any) -> tuple[Any, Any, Any]:
+def _pack(
+    source: NDArray[Any], rows: int, stride: int, offsets: Any, lengths: Any, threads: bool = False
+) -> tuple[NDArray[Any], Any, Any]:
     """The pieces of all rows as (numbers, stride, offsets): see `product_loops.pack`."""
     size = lengths.sum()
     # by torch, whose memory begins where a vector may
     packed = torch.empty(rows * int(size), dtype=torch.from_numpy(source[:0]).dtype).numpy()
-    loops.pack(source, rows, np.uint64(stride), offsets, lengths, packed)
+
+    def pack(first: int, last: int) -> None:
+        here, into = source[first * stride :], packed[first * int(size) :]
+        loops.pack(here, last - first, np.uint64(stride), offsets, lengths, into)
+
+    run([functools.partial(pack, *some) for some in ranges(rows, tasks() if threads else 1)])
     return packed, size, np.concatenate([[np.uint64(0)], lengths.cumsum()[:-1]])

@@ -3,10 +3,10 @@
 >>> run([functools.partial(loop, part) for part in parts])
 
 The loops release the interpreter's lock, so any threads do. Torch's are taken because they stay on their
-cores for milliseconds after an operator of torch's, waiting for the next at full speed: threads of fxprop's
+cores for milliseconds after one of its operators, waiting for the next at full speed: threads of fxprop's
 own would get half of such a core. Numba's own layers either stop the process when two threads come at once
-(workqueue: torch's autograd may call from any) or when it was forked (OpenMP). What a task computes does not
-depend on which thread takes it, so results are the same to the bit for any number of threads.
+(workqueue: torch's autograd may call from any) or when it was forked (OpenMP). What a task computes does
+not depend on which thread takes it, so results are the same to the bit for any number of threads.
 """
 
 from __future__ import annotations
