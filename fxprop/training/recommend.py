@@ -37,7 +37,7 @@ Batch = TypeVar("Batch")
 _SHARES = (0.5, 0.25)
 _PARTS = (0.25, 0.5, 1.0)
 # what "auto" may cost while it still keeps all, and what it has to save where it keeps its least
-_AUTO_COSTS, _AUTO_SAVES = 0.97, 1.1
+_AUTO_COSTS, _AUTO_SAVES = 0.93, 1.1
 # of the progress, what a model without its first parts must still make: more than a step ahead is not seen
 _LEAST_LEFT = 0.5
 _NO_PROGRESS = "the dense gradient makes no progress on another mini-batch either: give more of them"
