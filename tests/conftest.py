@@ -1,10 +1,12 @@
 """Options of the test suite."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import kept_nets
+import long_tests
 import pytest
 import torch
 
@@ -23,9 +25,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--update-golden", action="store_true", help="write the texts in tests/golden anew, to be reviewed"
     )
+    parser.addoption(
+        "--record-durations",
+        action="store_true",
+        help="write tests/durations.json, by which tests are slow",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    long_tests.mark_slow(items, json.loads(long_tests.FILE.read_text(encoding="utf-8")))
 
 
 def pytest_configure(config):
+    if config.getoption("--record-durations") and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(long_tests.Recorder())
     # texts are as wide as where there is no terminal, wherever the tests run
     os.environ.pop("COLUMNS", None)
     if "PYTEST_XDIST_WORKER" in os.environ:
