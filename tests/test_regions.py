@@ -1,6 +1,7 @@
 """Convolution, batch-norm and ReLU as one call, by itself and in graphs; see tests/test_operators.py too."""
 
 import copy
+import functools
 import io
 import re
 
@@ -298,3 +299,24 @@ def test_the_time_of_compiling_is_told_once_per_backward(monkeypatch, caplog):
     caplog.clear()
     fused.call_compiled(torch.sum, torch.ones(3))
     assert caplog.text == ""
+
+
+def test_maps_of_other_sizes_are_no_other_formula(always_fused, monkeypatch):
+    made = []
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    # what decides whether dynamo takes another size for another formula, without the compiler behind it
+    compiled = functools.cache(lambda of: torch.compile(of, dynamic=True, fullgraph=True, backend=count))
+    monkeypatch.setattr(fused, "_compile", compiled)
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    gm, _ = fxprop.transform(model, fxprop.Policy(keep=0.5, when="always"), (torch.randn(2, 3, 12, 12),))
+    numbers = []
+    for size in ((12, 12), (9, 14), (17, 8)):
+        gm(torch.randn(2, 3, *size)).square().sum().backward()
+        numbers.append(len(made))
+    assert numbers[0] > 0
+    assert numbers == [numbers[0]] * 3

@@ -56,6 +56,9 @@ def call_compiled(formula: Formula[Result], *args: Any) -> Result | None:
     except RuntimeError as error:  # torch.compile refuses some platforms altogether
         _give_up(error)
         return None
+    if not torch.is_grad_enabled():
+        # of a view dynamo looks at what it is a view of, and would compile again for another such
+        args = tuple(a.data if isinstance(a, Tensor) else a for a in args)
     before, start = _graphs(), time.perf_counter()
     try:
         result: Result = run(*args)
