@@ -18,7 +18,7 @@ from fxprop.ops.form import Form, Operands, Pair, sums_per_channel
 from fxprop.ops.function import of_all_rows
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import take_features, top_channels
-from fxprop.ops.scores import channel_scores
+from fxprop.ops.scores import channel_scores, l2_norms
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -63,6 +63,9 @@ class Linear(Form):
 
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         return channel_scores(grad, (0,), keep)
+
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        return l2_norms(weight, (1,))
 
     def top(self, scores: Tensor, k: int) -> Tensor:
         return top_channels(scores, 1, k)
