@@ -113,9 +113,13 @@ def linear(
         weight: [out_features, in_features].
         bias: [out_features] or None.
         k: how many to keep; k >= out_features is the dense operator.
+        k_input, k_weight: how many for the input's gradient and for the weight's, where that is not k; with
+            0 there is none. The bias's goes by bias_grad, and "selected" is the weight's.
         select: "channel" keeps the same k output features for the whole batch; "element" the top-k of
             each row of grad_output.
         score: "l1", "l2", "random" or a registered name.
+        score_weight: with "channel" and "l2", rank for the input's gradient by the norms times those of the
+            features' weights.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
             the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.
