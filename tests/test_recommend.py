@@ -15,7 +15,7 @@ import fxprop
 from fxprop.cli import main as cli
 from fxprop.errors import InputError, ModelError
 from fxprop.timing.layer_times import SiteTimes
-from fxprop.training import recommend as planner
+from fxprop.training import candidates as planner
 
 HERE = f"{__name__}:"
 
@@ -59,7 +59,7 @@ def speeds(monkeypatch):
         plan = planner.recipe_of(gm).plans[True]
         return [(d.site, d.sparsity, SiteTimes(2.0, 1.0)) for d in plan.rewritten]
 
-    monkeypatch.setattr(planner._Clock, "speed", speed)
+    monkeypatch.setattr(planner.StepClock, "speed", speed)
     monkeypatch.setattr(planner, "site_times", site_times)
     return of
 
