@@ -161,7 +161,9 @@ def of_examples(compared: Compared, clock: StepClock) -> Candidate:
         return Candidate(name, policy, speed=None, why=str(error))
     accepted = now >= _AUTO_COSTS and least >= _AUTO_SAVES
     why = f"keeps {share:.0%} now; at its least share, {policy.examples_least:.0%}, {least:.2f}x as fast"
-    return Candidate(name, compared.dense, speed=now, progress=1.0, why=why, accepted=accepted)
+    return Candidate(
+        name, compared.dense, speed=now, progress=1.0, why=why, accepted=accepted, stands_alone=False
+    )
 
 
 def of_prefixes(compared: Compared, dense: list[Gradients], clock: StepClock) -> list[Candidate]:

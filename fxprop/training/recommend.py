@@ -14,8 +14,9 @@ from fxprop.pipeline.put_in_force import put_in_force
 from fxprop.pipeline.set_keep import chosen_in
 from fxprop.progress import counting
 from fxprop.training import candidates as plans
+from fxprop.training.budget import Budget, BudgetOf
 from fxprop.training.gradients import Compared, products_of
-from fxprop.training.recommendation import Candidate, Recommendation
+from fxprop.training.recommendation import Candidate, Recommendation, Spent
 
 Batch = TypeVar("Batch")
 
@@ -30,6 +31,8 @@ def recommend(
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
     freeze: bool = False,
+    budget: float | None = None,
+    budget_of: BudgetOf = "time",
     rounds: int = 3,
     progress: bool = False,
 ) -> Recommendation:
@@ -48,6 +51,11 @@ def recommend(
         freeze: for fine-tuning, once a new head has settled (some tens of steps): also try to train without
             the first parts of the model, whose parameters then require no gradient any more. What is left
             must make half of the progress.
+        budget: what the plan may cost, 0 to 1: of a dense step's time, forward to backward, as measured
+            here, or with budget_of="flops" of the dense backward's FLOPs. Of the plans within it the one
+            with most progress per second is taken, even if dense makes more; where none is, fewer examples
+            and fewer channels of all layers are tried until one is. What costs least is taken if none is,
+            and the plan says so.
         rounds: timed steps of each plan, twice; dense steps take turns with them.
         progress: show a progress bar on standard error.
 
@@ -66,6 +74,7 @@ def recommend(
     Returns the plan, with what was tried and why. Parameters, gradients, buffers and the random state stay
     as they are. Raises what `fxprop.fidelity` raises; then nothing has changed.
     """
+    limit = None if budget is None else Budget(budget, budget_of)
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
@@ -80,19 +89,27 @@ def recommend(
         else:
             candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
         best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
+        cost = 0.0
+        if limit is not None:
+            best, cost = limit.spend(compared, dense, clock, candidates, best)
         # which goes with any of them
         examples = plans.of_examples(compared, clock)
         candidates.append(examples)
     policy = best.policy
-    if examples.accepted:
+    takes_auto = examples.accepted and not policy.takes_examples
+    if takes_auto and limit is not None and limit.of == "time":
+        takes_auto = cost / (examples.speed or 1.0) <= limit.share
+    if takes_auto:
         policy = replace(policy, examples="auto")
     report = put_in_force(inner, replace(before, policy=policy), policy)
-    if not (examples.accepted or had_choice):
+    if not (policy.takes_examples or had_choice):
         uninstall(inner)
     for name, parameter in inner.named_parameters():
         if name in best.frozen:
             parameter.requires_grad_(False)
-    return Recommendation(before.model, policy, best, tuple(candidates), report)
+    pays = best.name == "dense" or _may_be_taken(best)
+    spent = None if limit is None else Spent(limit.share, limit.of, cost, pays)
+    return Recommendation(before.model, policy, best, tuple(candidates), report, spent)
 
 
 @contextlib.contextmanager
