@@ -7,7 +7,7 @@ import glob
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -44,14 +44,40 @@ class Speed(NamedTuple):
     least: float
 
 
-class StepClock:
-    """Times of steps, forward to backward, in turns with dense ones."""
+@dataclass
+class Timings:
+    """What was timed of one model, which does not change as it learns."""
 
-    def __init__(self, compared: Compared, rounds: int, count: Callable[[], object]) -> None:
-        self._compared, self._rounds, self._count = compared, rounds, count
+    # steps, by policy and what gets no gradient
+    steps: dict[tuple[Policy, frozenset[str]], Speed] = field(default_factory=dict)
+    layers: dict[Policy, list[tuple[Site, SiteTimes]]] = field(default_factory=dict)
+
+
+class StepClock:
+    """Times of steps, forward to backward, in turns with dense ones; what is known is not timed again."""
+
+    def __init__(
+        self, compared: Compared, rounds: int, count: Callable[[], object], known: Timings
+    ) -> None:
+        self._compared, self._rounds, self._count, self._known = compared, rounds, count, known
 
     def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> Speed:
         """How many times as fast as a dense step."""
+        known = self._known.steps.get((policy, frozen))
+        # the share that "auto" keeps, and with it its speed, changes with what the model has learnt
+        if known is None or policy.examples == "auto":
+            known = self._known.steps[policy, frozen] = self._measure(policy, frozen)
+        self._count()
+        return known
+
+    def layers(self, policy: Policy) -> list[tuple[Site, SiteTimes]]:
+        """The times of the layers that a policy, which is in force, rewrites."""
+        if policy not in self._known.layers:
+            timed = site_times(self._compared.inner, None, 3)
+            self._known.layers[policy] = [(site, times) for site, _, times in timed]
+        return self._known.layers[policy]
+
+    def _measure(self, policy: Policy, frozen: frozenset[str]) -> Speed:
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(2):
             for of, (policy_now, without) in zip(
@@ -59,7 +85,6 @@ class StepClock:
             ):
                 with self._compared.in_force(policy_now), _without(self._compared.inner, without):
                     of += [self._step(number) for number in range(self._rounds + 1)][1:]
-        self._count()
         ratios = [dense / own for dense, own in zip(*times, strict=True)]
         least = statistics.quantiles(ratios, n=4)[0]
         return Speed(statistics.median(times[0]) / statistics.median(times[1]), least)
@@ -98,7 +123,7 @@ def of_channels(compared: Compared, dense: list[Gradients], clock: StepClock) ->
         with compared.in_force(policy):
             recipe = recipe_of(inner)
             energies = energies_of(inner, recipe, compared.gradients)
-            timed = [(site, times) for site, _, times in site_times(inner, None, 3)]
+            timed = clock.layers(policy)
             decided = {rule.name: rule for rule in make_decided_policy(recipe).rules}
         ordered = _by_gain(compared, dense, energies, timed)
         numbers = sorted({max(1, round(part * len(ordered))) for part in _PARTS} if ordered else set())

@@ -75,12 +75,29 @@ def recommend(
     as they are. Raises what `fxprop.fidelity` raises; then nothing has changed.
     """
     limit = None if budget is None else Budget(budget, budget_of)
+    return find_plan(
+        gm, batches, loss, plans.Timings(), freeze=freeze, limit=limit, rounds=rounds, progress=progress
+    )
+
+
+def find_plan(
+    gm: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    known: plans.Timings,
+    *,
+    freeze: bool = False,
+    limit: Budget | None = None,
+    rounds: int = 3,
+    progress: bool = False,
+) -> Recommendation:
+    """As `recommend`; what is `known` is not timed again, and what is timed is added."""
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
     counted = counting("plans", progress)
     with compared.as_it_was(), counted as count, _uninstalled_on_error(inner):
-        clock = plans.StepClock(compared, rounds, count)
+        clock = plans.StepClock(compared, rounds, count, known)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
         if plans.overall(products_of(dense, dense)).products.dense_next > 0:

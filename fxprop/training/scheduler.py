@@ -17,6 +17,8 @@ from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.pipeline.set_keep import chosen_in, set_keep
 from fxprop.policy.policy import Rule
+from fxprop.training.recommendation import Recommendation
+from fxprop.training.replan import Planner, Replan
 from fxprop.training.schedules import Constant, Schedule
 
 # a share of the examples, or "auto", by the step
@@ -39,6 +41,10 @@ class KeepScheduler:
 
     >>> scheduler = fxprop.KeepScheduler(gm, schedules.Constant(0.5), keep_weight=schedules.Constant(0.25))
 
+    Or what `fxprop.recommend` finds, asked again every few hundred steps:
+
+    >>> scheduler = fxprop.KeepScheduler(gm, replan=schedules.Replan(loader, loss, every=300))
+
     Args:
         gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel; with
             `examples` alone also what `fxprop.backend` returned.
@@ -54,6 +60,9 @@ class KeepScheduler:
         examples: a schedule for the share of the examples; another share needs no new graph. It may give
             "auto". With the policy's examples="auto" none is needed: the checkpoint has what it has
             learnt all the same.
+        replan: in place of schedules, when to make a plan and on what; see `fxprop.schedules.Replan`. The
+            state_dict has the last plan, which loading puts in force without measuring. Under torch.compile
+            another plan is compiled anew.
         last_step: the step the schedule is at.
 
     As in torch's schedulers, making one sets the ratio of step `last_step + 1`. Raises PolicyError for
@@ -69,6 +78,7 @@ class KeepScheduler:
         keep_input: Schedule | None = None,
         keep_weight: Schedule | None = None,
         examples: ExamplesSchedule | None = None,
+        replan: Replan | None = None,
         levels: int | Sequence[float] | None = 6,
         last_step: int = -1,
     ) -> None:
@@ -80,7 +90,8 @@ class KeepScheduler:
             raise PolicyError("a backend has a schedule for examples only: its graphs are made once")
         of_gradients = {"keep_input": keep_input, "keep_weight": keep_weight}
         self._shares = {name: given for name, given in of_gradients.items() if given is not None}
-        if schedule is None and (rules or (examples is None and not self._shares)):
+        self._planner = self._planner_of(replan, [schedule, rules, examples, self._shares])
+        if replan is None and schedule is None and (rules or (examples is None and not self._shares)):
             raise PolicyError("no schedule given: give one for the keep ratio, for examples, or both")
         self._schedules: dict[str | None, Schedule] = {} if schedule is None else {None: schedule}
         self._schedules.update(rules or {})
@@ -102,9 +113,26 @@ class KeepScheduler:
         self._last_examples: float | Literal["auto"] | None = None
         self.step()
 
+    def _planner_of(self, replan: Replan | None, others: list[object]) -> Planner | None:
+        if replan is None:
+            return None
+        if not isinstance(replan, Replan):
+            raise PolicyError(f"replan={replan!r}: expected an fxprop.schedules.Replan")
+        if isinstance(self._target, Backend):
+            raise PolicyError(
+                "replan: a backend's graphs are made once; give what fxprop.transform returned"
+            )
+        if any(others):
+            raise PolicyError(
+                "replan and a schedule both given: a plan says how much is kept, and of how many examples"
+            )
+        return Planner(self._gm, replan)
+
     def step(self) -> None:
-        """Go to the next step, and set the keep ratios that belong to it."""
+        """Go to the next step, and set the keep ratios that belong to it, or make a plan if one is due."""
         self._set(self.last_step + 1)
+        if self._planner is not None:
+            self._planner.step(self.last_step)
 
     def get_last_keep(self) -> list[float]:
         """The keep ratios in force: the schedule's, then those of `rules` in their order."""
@@ -118,6 +146,10 @@ class KeepScheduler:
         """The share of the examples by its schedule; None without one."""
         return self._last_examples
 
+    def get_last_plan(self) -> Recommendation | None:
+        """What `replan` found last, here; None before the first plan, and after loading a checkpoint."""
+        return None if self._planner is None else self._planner.last
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the schedules themselves are not in it."""
         choice = self._choice()
@@ -126,6 +158,7 @@ class KeepScheduler:
             "last_keep": self.get_last_keep(),
             "last_shares": self.get_last_shares(),
             "last_examples": self._last_examples,
+            "plan": None if self._planner is None else self._planner.state_dict(),
             "examples": None if choice is None else choice.state_dict(),
         }
 
@@ -157,6 +190,8 @@ class KeepScheduler:
                 f"{share!r}. Make the scheduler with the schedule of the checkpoint."
             )
         self._set(step)
+        if self._planner is not None:
+            self._planner.load_state_dict(state_dict.get("plan"))
         choice, learnt = self._choice(), state_dict.get("examples")
         if choice is not None and learnt is not None:
             choice.load_state_dict(learnt)
