@@ -223,6 +223,20 @@ def test_command(capsys, speeds):
     assert "pays where progress is above" in out
 
 
+def test_shares_of_the_weights_alone_lose_less(speeds):
+    gm, plan = planned()
+    of = {c.name: c for c in plan.tried}
+    (both,) = [
+        c for name, c in of.items() if name.startswith("25%") and "2 of 2" in name and "alone" not in name
+    ]
+    (alone,) = [
+        c for name, c in of.items() if "2 of 2 layers that save time, for the weights alone" in name
+    ]
+    assert both.progress < alone.progress < 1
+    layers = fxprop.set_keep(gm, alone.policy).layers
+    assert [(x.k_input, x.k_weight) for x in layers[:2]] == [(8, 2), (8, 2)]
+
+
 # --- within a budget --------------------------------------------------------------------------------------
 
 

@@ -116,28 +116,45 @@ def _without(gm: nn.Module, frozen: frozenset[str]) -> Iterator[None]:
 
 
 def of_channels(compared: Compared, dense: list[Gradients], clock: StepClock) -> list[Candidate]:
-    """Plans of channels: more and more layers at the same share."""
-    inner, found = compared.inner, []
+    """Plans of channels: more and more layers at the same share; the least also for the weights alone."""
+    found = []
     for share in _SHARES:
         policy = replace(compared.dense, keep=share, score="l2")
         with compared.in_force(policy):
-            recipe = recipe_of(inner)
-            energies = energies_of(inner, recipe, compared.gradients)
-            timed = clock.layers(policy)
-            decided = {rule.name: rule for rule in make_decided_policy(recipe).rules}
-        ordered = _by_gain(compared, dense, energies, timed)
-        numbers = sorted({max(1, round(part * len(ordered))) for part in _PARTS} if ordered else set())
-        for number in numbers:
-            names = [site.name for site in ordered[:number]]
-            rules = [decided[glob.escape(name)] for name in names]
-            plan = replace(compared.dense, rules=(*rules, Rule(regex=".*", keep=1.0)))
-            progress = overall(products_of(dense, list(compared.gradients(plan)))).progress
-            what = f"{share:.0%} of the channels of {number} of {len(ordered)} layers that save time"
-            speed, least = clock.speed(plan)
-            found.append(Candidate(what, plan, speed=speed, progress=progress, least_speed=least))
-        if not ordered:
-            what = f"{share:.0%} of the channels"
-            found.append(Candidate(what, compared.dense, speed=None, why="no layer is faster"))
+            energies = energies_of(compared.inner, recipe_of(compared.inner), compared.gradients)
+        found += _of_layers(compared, dense, clock, policy, energies)
+        if share == min(_SHARES):
+            # chosen alike, so that the same energy is kept
+            weights = replace(policy, keep=1.0, keep_weight=share)
+            found += _of_layers(compared, dense, clock, weights, energies)
+    return found
+
+
+def _of_layers(
+    compared: Compared,
+    dense: list[Gradients],
+    clock: StepClock,
+    policy: Policy,
+    energies: dict[str, tuple[float, float]],
+) -> list[Candidate]:
+    """Plans with more and more of the layers for which `policy` saves time."""
+    alone = policy.keep_weight is not None
+    share, of = (policy.keep_weight, ", for the weights alone") if alone else (policy.keep, "")
+    with compared.in_force(policy):
+        timed = clock.layers(policy)
+        decided = {rule.name: rule for rule in make_decided_policy(recipe_of(compared.inner)).rules}
+    ordered, found = _by_gain(compared, dense, energies, timed, stays=alone), []
+    if not ordered:
+        what = f"{share:.0%} of the channels{of}"
+        return [Candidate(what, compared.dense, speed=None, why="no layer is faster")]
+    for number in sorted({max(1, round(part * len(ordered))) for part in _PARTS}):
+        names = [site.name for site in ordered[:number]]
+        rules = [decided[glob.escape(name)] for name in names]
+        plan = replace(compared.dense, rules=(*rules, Rule(regex=".*", keep=1.0)))
+        progress = overall(products_of(dense, list(compared.gradients(plan)))).progress
+        what = f"{share:.0%} of the channels of {number} of {len(ordered)} layers that save time{of}"
+        speed, least = clock.speed(plan)
+        found.append(Candidate(what, plan, speed=speed, progress=progress, least_speed=least))
     return found
 
 
@@ -146,13 +163,19 @@ def _by_gain(
     dense: list[Gradients],
     energies: dict[str, tuple[float, float]],
     timed: Sequence[tuple[Site, SiteTimes]],
+    *,
+    stays: bool,
 ) -> list[Site]:
-    """The layers that save time, by seconds saved for the progress that is expected to be lost."""
+    """The layers that save time, by seconds saved for the progress that is expected to be lost.
+
+    `stays`: what is lost in a layer goes no further.
+    """
     names = {id(p): name for name, p in compared.inner.named_parameters()}
     products = products_of(dense, dense)
     total = overall(products).products.dense_next
-    # of each parameter and those before it
-    made = dict(zip(products, accumulate(p.dense_next for p in products.values()), strict=True))
+    own = [p.dense_next for p in products.values()]
+    # of each parameter, and of those before it, where its errors go
+    made = dict(zip(products, own if stays else accumulate(own), strict=True))
     gains: list[tuple[float, Site]] = []
     for site, times in timed:
         name = weight_of(compared.inner, site.name, names)

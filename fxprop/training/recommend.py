@@ -63,7 +63,8 @@ def recommend(
     worth more at the lower quartile of its speed, too. Tried are:
         channels, by layers: those that save most seconds for the progress they are expected to lose come
             first; the loss is estimated as the part of the output gradient's energy that is dropped, times
-            the progress made by the layer and all layers before it, where its errors go;
+            the progress made by the layer and all layers before it, where its errors go. At the least
+            share also for the weights' gradients alone (keep_weight), whose errors go nowhere;
         examples="auto": unbiased, so its progress is that of all, and its share follows the spread of the
             examples' gradients; taken where it costs nothing as long as it keeps all, and saves time at
             its least share;
