@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from compare import equal
+from test_keep import Wrapped
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -325,6 +326,31 @@ def test_nothing_at_all_is_no_question_of_time():
     gm, _ = fxprop.transform(model, policy, (x,))
     layers = fxprop.tune(gm, (x,), rounds=1, margin=0.99).layers
     assert layers[1].status == "rewritten"
+
+
+def test_nothing_at_all_can_be_tuned():
+    nothing = always(keep_input=0, keep_weight=0, bias="selected")
+    gm, report, x = transformed(nothing)
+    assert [layer.status for layer in fxprop.tune(gm, (x,), rounds=1).layers] == [
+        layer.status for layer in report.layers
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"keep_input": 0.5, "keep_weight": 0}, {"keep_input": 0}])
+def test_products_in_code_without_a_graph_have_shares(settings):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    policy = always(keep=0.25, rules=[fxprop.Rule(name="w", **settings)])
+    gm, report = fxprop.transform(Wrapped(), policy, (x,))
+    gm(x).sum().backward()
+    nothing = {"w"} if settings.get("keep_weight") == 0 else set()
+    nothing |= {"body.0", "body.2"} if settings["keep_input"] == 0 else set()
+    for name, parameter in gm.named_parameters():
+        layer = name.removesuffix(".weight").removesuffix(".bias")
+        assert (parameter.grad is None) == (layer in nothing)
+    assert {layer.name for layer in report.layers if not layer.reached} == nothing - {"w"}
+    shown = "8+0/16" if settings["keep_input"] else "0+4/16"
+    assert f"w: {shown} channel" in repr(gm)
 
 
 # --- numbers -------------------------------------------------------------------------------------------
