@@ -44,6 +44,6 @@ class SparseProducts(ProductMode):
         sparsity = known.get(axes.n) or next(iter(known.values()))
         keep = sparsity.keep
         if axes.n != sparsity.n and SELECTIONS[sparsity.select].of_channels:
-            keep = keep.scaled(axes.n / sparsity.n)
+            keep = keep.scaled(axes.n, sparsity.n)
         args, kwargs = arguments(product)
         return operator.sparse(*args, **kwargs, **keep.arguments(operator.without))

@@ -120,9 +120,8 @@ def _of_shares(form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.S
         if not is_all:
             return selection.backward(form, keep.only(k), grad, scores, of_part, bias)
         pair = form.products(grad, form.arrange_input(of.input), of.weight, of_part)
-        return *form.restore(pair, of_part), None if bias is None else form.bias(
-            grad, None, of.weight, bias
-        )
+        grad_bias = None if bias is None else form.bias(grad, None, of.weight, bias)
+        return *form.restore(pair, of_part), grad_bias
 
     grad_input = grad_weight = grad_bias = None
     if of.needed[0]:

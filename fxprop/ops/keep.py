@@ -68,11 +68,11 @@ class Keep(NamedTuple):
         """The same with the larger one for both; by one score it has all that the smaller has."""
         return self if self.is_one else self.only(max(self.of_input, self.of_weight))
 
-    def scaled(self, factor: float) -> Keep:
-        """The same shares, of another number of features."""
+    def scaled(self, n: int, of: int) -> Keep:
+        """The shares that these are of `of` features, of n."""
 
         def scale(k: int | float) -> int:
-            return max(1, int(k * factor + 0.5)) if k else 0
+            return max(1, int(k * n / of + 0.5)) if k else 0
 
         of_input, of_weight = (None if k is None else scale(k) for k in (self.k_input, self.k_weight))
         return self._replace(k=scale(self.k), k_input=of_input, k_weight=of_weight)
