@@ -39,6 +39,7 @@ class LayerSettings:
     score_fraction: float = 1.0
     norm_grad: NormGrad = "full"
     weight_grad: WeightGrad = "dense"
+    score_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Settings(LayerSettings):
 
     keep: float | None = None
     k: int | None = None
+    keep_input: float | None = None
+    keep_weight: float | None = None
     round_to: int = 1
     regions: bool = True
     when: When = "faster"
@@ -68,6 +71,8 @@ class RuleSettings:
 
     keep: float | None = None
     k: int | None = None
+    keep_input: float | None = None
+    keep_weight: float | None = None
     select: Select | None = None
     score: str | None = None
     round_to: int | None = None
@@ -77,6 +82,7 @@ class RuleSettings:
     regions: bool | None = None
     norm_grad: NormGrad | None = None
     weight_grad: WeightGrad | None = None
+    score_weight: bool | None = None
     when: When | None = None
 
 
@@ -91,6 +97,9 @@ class KeepArgs(TypedDict, total=False):
     score_fraction: float
     norm_grad: NormGrad
     weight_grad: WeightGrad
+    score_weight: bool
+    k_input: int | float
+    k_weight: int | float
     chained: bool
 
 
@@ -117,7 +126,7 @@ class Setting:
 
     def read(self, text: str) -> Any:
         """A value as the command line gives it; what is not a number stays text, which `check` judges."""
-        kind = type(self.default)
+        kind = float if self.default is None else type(self.default)
         try:
             return kind(text) if kind in (int, float) else text
         except ValueError:
@@ -147,8 +156,17 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(0 < value <= 1)
 
 
+def _is_part(value: Any) -> bool:
+    return (value == 0 and not isinstance(value, bool)) or _is_share(value)
+
+
 def _of_channels(layer: Layer, settings: LayerSettings) -> str | None:
     return None if settings.select == "channel" else "it applies to select='channel' only"
+
+
+def _of_channel_norms(layer: Layer, settings: LayerSettings) -> str | None:
+    ranks_norms = settings.select == "channel" and settings.score == "l2"
+    return None if ranks_norms else "it applies to select='channel' with score='l2' only"
 
 
 def _of_rows(layer: Layer, settings: LayerSettings) -> str | None:
@@ -171,6 +189,23 @@ SETTINGS = (
         _is_count,
         "how many are kept, instead of `keep`; k = n is dense",
         "k",
+    ),
+    Setting(
+        "keep_input",
+        None,
+        "a number with 0 <= x <= 1; default as keep, or k",
+        _is_part,
+        "how much is kept in computing the gradient of the layer's input; with 0 nothing upstream gets a "
+        "gradient through it ([more](#a-share-for-each-gradient))",
+        "k_input",
+    ),
+    Setting(
+        "keep_weight",
+        None,
+        "a number with 0 <= x <= 1; default as keep, or k",
+        _is_part,
+        "how much is kept in computing the weight's gradient; with 0 it gets none, like a frozen weight",
+        "k_weight",
     ),
     _choice(
         "select",
@@ -234,6 +269,14 @@ SETTINGS = (
         "weight_grad",
         _of_rows,
     ),
+    _switch(
+        "score_weight",
+        False,
+        "for the input's gradient, ranks channels by the norm of the output gradient times that of the "
+        "channel's weight, of what its absence costs",
+        "score_weight",
+        _of_channel_norms,
+    ),
     _choice(
         "when",
         When,
@@ -275,6 +318,8 @@ OF_EXAMPLES = (
     ),
 )
 NAMES = tuple(setting.name for setting in SETTINGS)
+# those that say how much is kept
+AMOUNTS = ("keep", "k", "keep_input", "keep_weight")
 EXAMPLE_NAMES = tuple(setting.name for setting in OF_EXAMPLES)
 OF_LAYERS = tuple(s for s in SETTINGS if s.name in LayerSettings.__dataclass_fields__)
 

@@ -15,7 +15,7 @@ import fxprop
 from fxprop.cli import main as cli
 from fxprop.errors import InputError, ModelError
 from fxprop.timing.layer_times import SiteTimes
-from fxprop.training import recommend as planner
+from fxprop.training import candidates as planner
 
 HERE = f"{__name__}:"
 
@@ -59,7 +59,7 @@ def speeds(monkeypatch):
         plan = planner.recipe_of(gm).plans[True]
         return [(d.site, d.sparsity, SiteTimes(2.0, 1.0)) for d in plan.rewritten]
 
-    monkeypatch.setattr(planner._Clock, "speed", speed)
+    monkeypatch.setattr(planner.StepClock, "speed", speed)
     monkeypatch.setattr(planner, "site_times", site_times)
     return of
 
@@ -221,3 +221,110 @@ def test_command(capsys, speeds):
     out = capsys.readouterr().out
     assert "speeds alone, on random numbers" in out
     assert "pays where progress is above" in out
+
+
+def test_shares_of_the_weights_alone_lose_less(speeds):
+    gm, plan = planned()
+    of = {c.name: c for c in plan.tried}
+    (both,) = [
+        c for name, c in of.items() if name.startswith("25%") and "2 of 2" in name and "alone" not in name
+    ]
+    (alone,) = [
+        c for name, c in of.items() if "2 of 2 layers that save time, for the weights alone" in name
+    ]
+    assert both.progress < alone.progress < 1
+    layers = fxprop.set_keep(gm, alone.policy).layers
+    assert [(x.k_input, x.k_weight) for x in layers[:2]] == [(8, 2), (8, 2)]
+
+
+# --- within a budget --------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_met_by_what_pays_changes_nothing(speeds):
+    speeds["channels"] = 100.0
+    _, free = planned()
+    _, plan = planned(budget=0.5)
+    assert plan.best.name == free.best.name
+    assert len(plan.tried) == len(free.tried)
+    assert (plan.budget.cost, plan.budget.pays) == (0.01, True)
+    assert str(plan).endswith("Budget: 0.50 of a dense step's time; the plan costs 0.01.")
+
+
+def test_past_what_pays_the_most_progress_per_second_is_taken(speeds):
+    most = max(c.progress for c in planned()[1].tried if "channels" in c.name)
+    speeds["channels"] = 0.95 / most  # dense is better
+    _, free = planned()
+    assert free.is_dense
+    _, plan = planned(budget=0.99)
+    assert "channels" in plan.best.name
+    assert plan.best.worth == max(c.worth for c in plan.tried if "channels" in c.name)
+    assert plan.budget.cost == pytest.approx(1 / speeds["channels"])
+    assert str(plan).endswith("Without the budget it would not be taken.")
+    assert json.loads(plan.to_json())["budget"]["pays"] is False
+
+
+def test_less_and_less_is_tried_until_the_budget_is_met(speeds):
+    speeds["least"] = 2.5
+    gm, plan = planned(budget=0.4)
+    names = [c.name for c in plan.tried]
+    assert "50% of the examples" in names
+    assert "25% of the examples" not in names  # the first of them met it
+    assert (plan.best.name, plan.policy.examples) == ("50% of the examples", 0.5)
+    loss(gm, batches()[0]).backward()
+    assert fxprop.kept_examples(gm).k == 16
+
+
+def test_a_budget_that_nothing_meets(speeds):
+    speeds["channels"] = 1.25
+    _, plan = planned(make_mixing, budget=0.1)
+    assert "5% of the channels of all layers" in [c.name for c in plan.tried]
+    assert not any("of the examples" in c.name for c in plan.tried)
+    assert plan.best.speed == 1.25
+    assert "the plan costs 0.80, and nothing that was tried costs less." in str(plan)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.35])
+def test_a_budget_of_flops_is_that_of_the_report(speeds, share):
+    _, plan = planned(budget=share, budget_of="flops")
+    assert plan.budget.cost == pytest.approx(1 - plan.report.totals.saving)
+    assert plan.budget.cost <= share
+    assert "of a dense backward's FLOPs" in str(plan)
+
+
+def test_first_parts_without_gradients_cost_no_flops(speeds):
+    speeds["frozen"] = 100.0
+    _, plan = planned(freeze=True, budget=0.9, budget_of="flops")
+    assert plan.best.frozen
+    dense = {layer.name: layer.dense.total for layer in plan.report.layers}
+    frozen = {name.partition(".")[0] for name in plan.best.frozen}
+    rest = sum(count for name, count in dense.items() if name not in frozen)
+    assert plan.budget.cost == pytest.approx(rest / sum(dense.values()))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"budget": 0}, "budget=0: expected a number with 0 < budget <= 1"),
+        ({"budget": True}, "budget=True: expected a number"),
+        ({"budget": 0.5, "budget_of": "joules"}, "budget_of='joules': expected one of time, flops"),
+    ],
+)
+def test_budgets_that_are_none(given, match):
+    with pytest.raises(InputError, match=match):
+        planned(**given)
+
+
+def test_flops_that_were_not_counted(speeds):
+    gm, _ = fxprop.transform(make_net(), 1.0)
+    code = gm.code
+    with pytest.raises(InputError, match="needs FLOPs, which are counted with example_inputs only"):
+        fxprop.recommend(gm, batches(), loss, budget=0.5, budget_of="flops")
+    assert gm.code == code
+
+
+def test_a_budget_on_the_command_line(capsys, speeds):
+    arguments = ["plan", f"{FIDELITY}make_float_mlp", "--input", "6x5", "--batches", f"{HERE}float_batches"]
+    assert cli.main([*arguments, "--budget", "0.5", "--budget-of", "flops"]) == 0
+    assert "Budget: 0.50 of a dense backward's FLOPs; the plan costs 0." in capsys.readouterr().out
+    assert cli.main([*arguments, "--budget", "2"]) == 1
+    assert "budget=2.0: expected a number with 0 < budget <= 1" in capsys.readouterr().err

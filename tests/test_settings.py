@@ -28,9 +28,10 @@ def test_policies_and_rules_have_the_settings_of_the_table():
 
 def test_operators_have_the_keywords_of_the_table():
     defaults = {setting.keyword: setting.default for setting in settings.OF_LAYERS}
-    keywords = ["k", *defaults, "chained"]
+    keywords = ["k", "k_input", "k_weight", *defaults, "chained"]
     assert sorted(typing.get_type_hints(settings.KeepArgs)) == sorted(keywords)
-    assert {n: d for n, d in Keep._field_defaults.items() if n != "chained"} == defaults
+    of_plans = ("k_input", "k_weight", "chained")
+    assert {n: d for n, d in Keep._field_defaults.items() if n not in of_plans} == defaults
     assert sorted(Keep._fields) == sorted(keywords)
 
 

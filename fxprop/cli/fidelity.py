@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from fxprop.cli.options import (
 from fxprop.pipeline.transform import transform
 from fxprop.policy.files import to_toml
 from fxprop.policy.policy import Policy
+from fxprop.training.budget import BudgetOf
 from fxprop.training.fidelity import fidelity
 from fxprop.training.recommend import recommend
 
@@ -61,6 +62,15 @@ def add_fidelity(commands: Any) -> None:
         "--freeze", action="store_true", help="for fine-tuning: also try to leave out the first parts"
     )
     plan.add_argument(
+        "--budget", type=float, metavar="SHARE", help="what a plan may cost of a dense step, 0 < share <= 1"
+    )
+    plan.add_argument(
+        "--budget-of",
+        choices=get_args(BudgetOf),
+        default="time",
+        help="of the step's time (default), or of the backward's FLOPs",
+    )
+    plan.add_argument(
         "--format", choices=("text", "markdown", "json", "toml"), default="text", help="toml: a policy file"
     )
 
@@ -85,7 +95,13 @@ def _plan(args: argparse.Namespace) -> str:
     def find(model: nn.Module, inputs: Any, **options: Any) -> str:
         batches, loss = batches_and_loss(args, inputs, options["example_kwargs"])
         gm = transform(model, 1.0, inputs, **options).module
-        found = recommend(gm, batches, loss, freeze=args.freeze, progress=shows_progress(args))
+        found = recommend(
+            *(gm, batches, loss),
+            freeze=args.freeze,
+            budget=args.budget,
+            budget_of=args.budget_of,
+            progress=shows_progress(args),
+        )
         if args.format == "json":
             return found.to_json()
         if args.format == "toml":

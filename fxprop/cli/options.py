@@ -171,7 +171,8 @@ def policy_of(args: argparse.Namespace) -> Policy:
             given["keep"] = float(args.keep)
         except ValueError as error:
             raise CommandError(f"--keep {args.keep}: expected a number with 0 < keep <= 1") from error
-        given["k"] = None
+        # in place of all that a file says of how much is kept
+        given = {**dict.fromkeys(settings.AMOUNTS), **given}
     for setting in _OPTIONS:
         if getattr(args, setting.name) is not None:
             given[setting.name] = getattr(args, setting.name)

@@ -60,9 +60,17 @@ def find_sites(traced: Traced, training: bool, run: Run | None) -> tuple[Site, .
     named = _with_unique_names([f.site for f in listed])
     functions = [f.function for f in listed]
     # a skipped call may hold many functions; what it returns stands for it
-    first, output = run.autograd.positions([f for f in functions if f is not None])
+    known = [f for f in functions if f is not None]
+    first, output = run.autograd.positions(known)
+    behind = run.autograd.behind(known)
+    names = {None: ""} | {f: site.name for site, f in zip(named, functions, strict=True) if f is not None}
     return tuple(
-        replace(site, is_first=function in first, is_output=function in output)
+        replace(
+            site,
+            is_first=function in first,
+            is_output=function in output,
+            behind=None if function is None else tuple(sorted(names[f] for f in behind[function])),
+        )
         for site, function in zip(named, functions, strict=True)
     )
 

@@ -91,7 +91,9 @@ class SparseCode(nn.Module):
     def extra_repr(self) -> str:
         """The parameters whose products are sparse, with what is kept."""
         kept = ", ".join(
-            f"{name}: {s.k}/{s.n} {s.select}" for name, of in self._fx_sparse.items() for s in of.values()
+            f"{name}: {s.amount}/{s.n} {s.select}"
+            for name, of in self._fx_sparse.items()
+            for s in of.values()
         )
         own = self._fx_dense_class.extra_repr(self)
         return ", ".join(filter(None, (own, f"sparse products: {kept}")))

@@ -44,6 +44,6 @@ class SparseProducts(ProductMode):
         sparsity = known.get(axes.n) or next(iter(known.values()))
         keep = sparsity.keep
         if axes.n != sparsity.n and SELECTIONS[sparsity.select].of_channels:
-            keep = keep._replace(k=max(1, int(sparsity.k * axes.n / sparsity.n + 0.5)))
+            keep = keep.scaled(axes.n, sparsity.n)
         args, kwargs = arguments(product)
         return operator.sparse(*args, **kwargs, **keep.arguments(operator.without))

@@ -49,7 +49,7 @@ def describe_decision(decision: Decision) -> str:
     text = f"{decision.site.name}: {decision.reason or decision.status}"
     if decision.sparsity is not None:
         unit = SELECTIONS[decision.sparsity.select].unit
-        text = f"{decision.site.name}: {decision.sparsity.k} of {decision.sparsity.n} {unit}"
+        text = f"{decision.site.name}: {decision.sparsity.amount} of {decision.sparsity.n} {unit}"
     if decision.region is not None:
         text += f", with {decision.region.label}"
     return f"{text} ({decision.site.source})" if decision.site.source else text

@@ -78,6 +78,11 @@ def _settings(decision: Decision) -> Iterator[tuple[str, str]]:
     if sparsity is None:
         return
     yield "keeps", f"k = {sparsity.k} of n = {sparsity.n} by {sparsity.score}, select {sparsity.select}"
+    of_input, of_weight = sparsity.of_each
+    if of_input != of_weight or not sparsity.k:
+        yield "", f"{of_input} of them for grad_input, {of_weight} for grad_weight"
+    if sparsity.score_weight:
+        yield "", "for grad_input by the weight's norms as well"
     if decision.site.groups > 1:
         yield "", f"in each of {decision.site.groups} groups, or whole groups of one channel"
     if sparsity.score_fraction != 1:
@@ -136,7 +141,7 @@ def _flops(decision: Decision, layer: Layer) -> Iterator[tuple[str, str]]:
     yield "dense", _gradients(layer.dense)
     if sparsity is not None and layer.sparse and layer.executed:
         chained = ", of grad_input only what the chain reads" if sparsity.chain else ""
-        yield "sparse", f"{_gradients(layer.sparse)} (x {sparsity.k} / {sparsity.n}{chained})"
+        yield "sparse", f"{_gradients(layer.sparse)} (x {sparsity.amount} / {sparsity.n}{chained})"
         yield "executed", _gradients(layer.executed)
 
 

@@ -48,10 +48,13 @@ def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
     """Raise OpError or PolicyError unless `keep` and `weight` are something `op` can use."""
     check_choices(op, keep)
-    is_share = SELECTIONS[keep.select].counts_batch and isinstance(keep.k, float) and 0 < keep.k <= 1
-    is_count = isinstance(keep.k, int) and not isinstance(keep.k, bool) and keep.k >= 1
-    if not (is_count or is_share):
+    shares = SELECTIONS[keep.select].counts_batch
+    # of no use where each gradient has its own
+    if (keep.k_input is None or keep.k_weight is None) and not (_is_amount(keep.k, shares) and keep.k):
         raise OpError(f"{op}: k={keep.k!r}: expected an integer of at least 1 (k >= n is dense)")
+    for name, k in (("k_input", keep.k_input), ("k_weight", keep.k_weight)):
+        if k is not None and not _is_amount(k, shares):
+            raise OpError(f"{op}: {name}={k!r}: expected an integer of at least 0 (0 is no gradient)")
     get_score(keep.score)
     if type(weight) not in (Tensor, nn.Parameter) and _is_distributed(weight):
         raise OpError(
@@ -66,6 +69,11 @@ def check_keep(op: str, keep: Keep, weight: Tensor) -> None:
             f"{op}: weight is {weight.dtype}: complex tensors have no sparse backward; "
             "use the dense operator"
         )
+
+
+def _is_amount(k: object, shares: bool) -> bool:
+    is_share = shares and isinstance(k, float) and 0 <= k <= 1
+    return is_share or (isinstance(k, int) and not isinstance(k, bool) and k >= 0)
 
 
 def _is_distributed(tensor: Tensor) -> bool:
@@ -84,10 +92,12 @@ def check_choices(op: str, keep: Keep) -> None:
 def is_dense(keep: Keep, n: int, example: int | None, *tensors: Tensor | None) -> bool:
     """Whether to call the dense operator on these tensors.
 
-    True where `keep` keeps all of n channels, or of the entries in an example (None: not known), and where
-    there will be no sparse backward.
+    True where `keep` keeps all of n channels, or of the entries in an example (None: not known), for both
+    gradients, and where there will be no sparse backward.
     """
-    return SELECTIONS[keep.select].keeps_all(keep.k, n, example) or not needs_backward(*tensors)
+    amounts = (keep.k,) if keep.is_one else (keep.of_input, keep.of_weight)
+    keeps_all = SELECTIONS[keep.select].keeps_all
+    return all(keeps_all(k, n, example) for k in amounts) or not needs_backward(*tensors)
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:

@@ -168,12 +168,16 @@ def conv2d(
         bias: [C_out] or None.
         stride, padding, dilation, groups: as for the dense operator, "same" and "valid" included.
         k: how many to keep; k >= n is the dense operator.
+        k_input, k_weight: how many for the input's gradient and for the weight's, where that is not k; with
+            0 there is none. The bias's goes by bias_grad, and "selected" is the weight's.
         select: "channel" keeps the same k output channels of every group for the whole batch (for
             groups = C_out: k channels with their groups) and computes with the smaller tensors.
             "element" keeps the top-k of each example's flattened C_out x H x W, and computes with these
             alone where numba is installed and that is faster; elsewhere the rest is masked and the dense
             kernels run. "nonzero" drops nothing, and skips zeros where few entries are left.
         score: "l1", "l2", "random" or a registered name.
+        score_weight: with "channel" and "l2", rank for the input's gradient by the norms times those of the
+            channels' weights.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
             the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.

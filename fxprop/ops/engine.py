@@ -20,6 +20,12 @@ def run(
     form: Form, keep: Keep, input: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Tensor
 ) -> Tensor:
     """The dense operator's output, whose backward keeps what `keep` says."""
+    if keep.of_input == 0:
+        input = input.detach()  # so that nothing upstream is computed for it
+    needed = (input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    if not any(keep.needs(needed)):
+        with torch.no_grad():
+            return form.forward(input, weight, bias, *others)
     output: Tensor = _Sparse.apply(form, keep, input, weight, bias, *others)
     return output
 
@@ -34,7 +40,8 @@ _observers: list[Observer] = []
 def observing(observer: Observer) -> Iterator[None]:
     """Shows `observer` what each sparse backward keeps; not of regions, nor of compiled code.
 
-    What is kept is selected once more for it: with score="random" it is another draw.
+    Of layers with a share for each gradient it is shown the larger. It is selected once more for it: with
+    score="random" it is another draw.
     """
     _observers.append(observer)
     try:
@@ -62,16 +69,16 @@ class _Sparse(SparseFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # read once: checkpointing hands out each tensor but once
         input, weight, *others = ctx.saved_tensors
-        needs_input, needs_weight = ctx.needs_input_grad[2:4]
-        of = Operands(input, weight, tuple(others), (needs_input, needs_weight))
+        *needed, needs_bias = ctx.keep.needs(ctx.needs_input_grad[2:5])
+        of = Operands(input, weight, tuple(others), tuple(needed))
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            grads = _backward(ctx, grad_output, of)
+            grads = _backward(ctx, grad_output, of, needs_bias)
         marked = refuse_double_backward(grads, (grad_output, input, weight))
         return None, None, *marked, *(None for _ in others)
 
 
-def _backward(ctx: Any, grad_output: Tensor, of: Operands) -> Gradients:
-    form, keep, needs_bias = ctx.form, ctx.keep, ctx.needs_input_grad[4]
+def _backward(ctx: Any, grad_output: Tensor, of: Operands, needs_bias: bool) -> Gradients:
+    form, keep = ctx.form, ctx.keep
     grad = form.arrange(grad_output, of.weight)
     full_bias = None
     if needs_bias and keep.bias_grad == "full":
@@ -79,11 +86,50 @@ def _backward(ctx: Any, grad_output: Tensor, of: Operands) -> Gradients:
         needs_bias = False
     if not (any(of.needed) or needs_bias):
         return None, None, full_bias
+    selection = SELECTIONS[keep.select]
     if _observers and not is_compiling():
-        kept = SELECTIONS[keep.select].kept(form, keep, grad, of)
+        kept = selection.kept(form, keep.larger, grad, selection.rank(form, keep, grad, of), of)
         for observer in _observers:
             observer(of.weight, grad, kept)
-    gradients = SELECTIONS[keep.select].backward(
-        form, keep, grad, of, ctx.bias_shape if needs_bias else None
-    )
+    bias = ctx.bias_shape if needs_bias else None
+    if keep.is_one:
+        gradients = selection.backward(form, keep, grad, selection.rank(form, keep, grad, of), of, bias)
+    else:
+        gradients = _of_shares(form, keep, grad, of, bias)
     return gradients[0], gradients[1], full_bias if full_bias is not None else gradients[2]
+
+
+def _of_shares(form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None) -> Gradients:
+    """Each gradient from what is kept for it; the bias's goes with the weight's."""
+    selection = SELECTIONS[keep.select]
+    n, example = form.choices(grad), form.examples(grad).shape[1]
+    for_input, for_weight = (selection.keeps_all(k, n, example) for k in (keep.of_input, keep.of_weight))
+    asks_weight = of.needed[1] or bias is not None
+    ranked = None
+    if (of.needed[0] and not for_input) or (asks_weight and not for_weight):
+        ranked = selection.rank(form, keep, grad, of)
+
+    def part(
+        k: int | float,
+        is_all: bool,
+        needed: tuple[bool, bool],
+        bias: torch.Size | None,
+        scores: Tensor | None,
+    ) -> Gradients:
+        of_part = of._replace(needed=needed)
+        if not is_all:
+            return selection.backward(form, keep.only(k), grad, scores, of_part, bias)
+        pair = form.products(grad, form.arrange_input(of.input), of.weight, of_part)
+        grad_bias = None if bias is None else form.bias(grad, None, of.weight, bias)
+        return *form.restore(pair, of_part), grad_bias
+
+    grad_input = grad_weight = grad_bias = None
+    if of.needed[0]:
+        scores = ranked
+        if keep.score_weight and ranked is not None:
+            scores = form.weighted(ranked, keep, of)
+        grad_input, _, _ = part(keep.of_input, for_input, (True, False), None, scores)
+    if asks_weight:
+        needed = (False, of.needed[1])
+        _, grad_weight, grad_bias = part(keep.of_weight, for_weight, needed, bias, ranked)
+    return grad_input, grad_weight, grad_bias

@@ -61,6 +61,20 @@ class Form(ABC):
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         """A score per channel, over all rows."""
 
+    def choices(self, grad: Tensor) -> int:
+        """How many channels one choice is made from."""
+        return grad.shape[1]
+
+    @abstractmethod
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        """The l2 norm of each channel's part of the weight, as `scores` has its channels."""
+
+    def weighted(self, scores: Tensor, keep: Keep, of: Operands) -> Tensor:
+        """l2 scores, with each channel's weight: what its absence costs grad_input."""
+        norms = self.weight_norms(of.weight)
+        # over several processes they are sums of squares
+        return scores * (norms.square() if keep.sync_selection else norms)
+
     @abstractmethod
     def top(self, scores: Tensor, k: int) -> Tensor:
         """Indices of the k channels with the highest scores, in each run of them."""

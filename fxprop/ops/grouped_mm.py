@@ -18,7 +18,7 @@ from fxprop.ops.calling import check_keep, is_dense, sparse
 from fxprop.ops.engine import run
 from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.keep import Keep
-from fxprop.ops.scores import RANDOM, channel_scores, sum_over_processes
+from fxprop.ops.scores import RANDOM, channel_scores, l2_norms, sum_over_processes
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -40,6 +40,13 @@ class GroupedMM(Form):
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         (offs,) = of.others
         return _scores(grad, _expert_of_rows(grad, offs), offs, keep)
+
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        return l2_norms(weight, (1,))  # [experts, features]
+
+    def weighted(self, scores: Tensor, keep: Keep, of: Operands) -> Tensor:
+        # which are sums of squares here
+        return scores * self.weight_norms(of.weight).square()
 
     def top(self, scores: Tensor, k: int) -> Tensor:
         return scores.topk(k, dim=1).indices  # [experts, k]

@@ -18,7 +18,7 @@ from fxprop.ops.form import Form, Operands, Pair, sums_per_channel
 from fxprop.ops.function import of_all_rows
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.layout import take_features, top_channels
-from fxprop.ops.scores import channel_scores
+from fxprop.ops.scores import channel_scores, l2_norms
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -63,6 +63,9 @@ class Linear(Form):
 
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         return channel_scores(grad, (0,), keep)
+
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        return l2_norms(weight, (1,))
 
     def top(self, scores: Tensor, k: int) -> Tensor:
         return top_channels(scores, 1, k)
@@ -110,9 +113,13 @@ def linear(
         weight: [out_features, in_features].
         bias: [out_features] or None.
         k: how many to keep; k >= out_features is the dense operator.
+        k_input, k_weight: how many for the input's gradient and for the weight's, where that is not k; with
+            0 there is none. The bias's goes by bias_grad, and "selected" is the weight's.
         select: "channel" keeps the same k output features for the whole batch; "element" the top-k of
             each row of grad_output.
         score: "l1", "l2", "random" or a registered name.
+        score_weight: with "channel" and "l2", rank for the input's gradient by the norms times those of the
+            features' weights.
         bias_grad: "full" sums all of grad_output, "selected" only what was kept.
         weight_grad: "dense", or "row_sparse": with "channel", the weight's gradient is a sparse tensor with
             the kept rows, as `nn.Embedding(sparse=True)` has it. The weight must be a parameter itself.

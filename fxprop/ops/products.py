@@ -22,7 +22,7 @@ from fxprop.ops.entries.calls import Call, Tensors
 from fxprop.ops.form import Form, Operands, Pair
 from fxprop.ops.indices import Indices, WeightSide, einsum_indices, matmul_indices
 from fxprop.ops.keep import Keep
-from fxprop.ops.scores import channel_scores
+from fxprop.ops.scores import channel_scores, l2_norms
 from fxprop.settings import KeepArgs
 
 # keywords of other operators
@@ -89,6 +89,12 @@ class Contraction(Form):
 
     def examples(self, grad: Tensor) -> Tensor:
         return grad.flatten(0, 1)
+
+    def choices(self, grad: Tensor) -> int:
+        return grad.shape[2]
+
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        return l2_norms(self._arrange_weight(weight), (1,))  # [batch, features]
 
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         # [rows, batch, features]: scores reduce a leading dimension

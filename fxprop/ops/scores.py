@@ -33,6 +33,12 @@ def _l2(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _norm(grad_output, dims, 2)
 
 
+def l2_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Norms over `dims`, in float32 for half types."""
+    norms: Tensor = torch.linalg.vector_norm(wide(tensor), 2, dims)
+    return norms
+
+
 def _norm(grad_output: Tensor, dims: tuple[int, ...], order: Literal[1, 2]) -> Tensor:
     """The norm over `dims`, accumulated in float32 for half types."""
     dtype = torch.float32 if grad_output.dtype in _HALF else grad_output.dtype

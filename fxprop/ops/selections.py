@@ -69,13 +69,22 @@ class Selection(Protocol):
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         """Whether k is all of n channels, or of an example's entries, so that the dense operator is run."""
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
-        """What is kept of `grad`, which `form` arranged; zeros may stand for what is not."""
+    def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
+        """The scores of what `grad`, as `form` arranged it, has to choose from; None if it takes none."""
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
+        """What is kept of `grad`, by what `rank` gave; zeros may stand for what is not."""
 
     def backward(
-        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        ranked: Tensor | None,
+        of: Operands,
+        bias: torch.Size | None,
     ) -> Gradients:
-        """The gradients from what is kept of `grad`, which `form` arranged; a bias's if it has a shape."""
+        """The gradients from what is kept of `grad`, by what `rank` gave; a bias's if it has a shape."""
 
 
 class Channel:
@@ -116,13 +125,24 @@ class Channel:
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return k >= n
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
-        return form.take(grad, form.top(form.scores(grad, keep, of), int(keep.k)), of)
+    def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
+        return form.scores(grad, keep, of)
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
+        assert ranked is not None
+        return form.take(grad, form.top(ranked, int(keep.k)), of)
 
     def backward(
-        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        ranked: Tensor | None,
+        of: Operands,
+        bias: torch.Size | None,
     ) -> Gradients:
-        kept = form.top(form.scores(grad, keep, of), int(keep.k))
+        assert ranked is not None
+        kept = form.top(ranked, int(keep.k))
         grad = form.take(grad, kept, of)
         grad_bias = None if bias is None else form.bias(grad, kept, of.weight, bias)
         return *form.from_kept(grad, kept, of, keep), grad_bias
@@ -165,11 +185,20 @@ class Element:
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return example is not None and k >= example
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+    def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
+        return None
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
         return mask_entries(form.examples(grad), keep)
 
     def backward(
-        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        ranked: Tensor | None,
+        of: Operands,
+        bias: torch.Size | None,
     ) -> Gradients:
         alone = alone_gradients(form, keep, grad, of, bias is not None)
         if alone is not None:
@@ -220,13 +249,22 @@ class Row:
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return isinstance(k, float) and k >= 1
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
-        return _take_rows(grad, _choose_rows(form, keep, grad))
+    def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
+        return scores_over(grad, tuple(range(form.rows_dim + 1, grad.dim())), keep)
+
+    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
+        return _take_rows(grad, _choose_rows(keep, ranked))
 
     def backward(
-        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        ranked: Tensor | None,
+        of: Operands,
+        bias: torch.Size | None,
     ) -> Gradients:
-        kept = _choose_rows(form, keep, grad)
+        kept = _choose_rows(keep, ranked)
         taken, input = _take_rows(grad, kept), form.arrange_input(of.input)
         of_kept = Operands(of.input, of.weight, form.others_of_rows(kept, of), of.needed)
         grad_input, grad_weight = form.products(taken, _take_rows(input, kept), of.weight, of_kept)
@@ -257,11 +295,17 @@ class Nonzero(Element):
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return False
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor:
+    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
         return grad
 
     def backward(
-        self, form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.Size | None
+        self,
+        form: Form,
+        keep: Keep,
+        grad: Tensor,
+        ranked: Tensor | None,
+        of: Operands,
+        bias: torch.Size | None,
     ) -> Gradients:
         pair = nonzero_gradients(form, grad, of)
         if pair is None:
@@ -270,12 +314,13 @@ class Nonzero(Element):
         return *pair, None if bias is None else form.bias(grad, None, of.weight, bias)
 
 
-def _choose_rows(form: Form, keep: Keep, grad: Tensor) -> Tensor:
+def _choose_rows(keep: Keep, ranked: Tensor | None) -> Tensor:
     """Indices of the rows with the highest scores, of each matrix."""
-    n, behind = grad.shape[form.rows_dim], range(form.rows_dim + 1, grad.dim())
+    assert ranked is not None
+    n = ranked.shape[-1]
     k = min(keep.k, n) if isinstance(keep.k, int) else max(1, int(keep.k * n + 0.5))
     # in order: memory is read from its beginning to its end
-    return scores_over(grad, tuple(behind), keep).topk(k, dim=-1).indices.sort(-1).values
+    return ranked.topk(k, dim=-1).indices.sort(-1).values
 
 
 def _take_rows(tensor: Tensor, kept: Tensor) -> Tensor:

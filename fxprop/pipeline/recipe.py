@@ -75,7 +75,8 @@ class Recipe:
 
     def _apply_timing(self, decision: Decision) -> Decision:
         timing = self.timing(decision)
-        if timing is None or timing.wins:
+        stops = decision.sparsity is not None and decision.sparsity.stops
+        if timing is None or timing.wins or stops:
             return decision
         return Decision(decision.site, "dense", str(timing), decided_by="tune")
 

@@ -19,20 +19,28 @@ from fxprop.report.report import Report
 
 
 def set_keep(
-    gm: nn.Module, keep: PolicyLike | None = None, *, examples: float | Literal["auto"] | None = None
+    gm: nn.Module,
+    keep: PolicyLike | None = None,
+    *,
+    keep_input: float | None = None,
+    keep_weight: float | None = None,
+    examples: float | Literal["auto"] | None = None,
 ) -> Report:
     """Let the backward pass of a transformed module keep another share from now on.
 
     >>> gm, report = fxprop.transform(model, 0.05, (x,))
     >>> fxprop.set_keep(gm, 1.0)                      # dense, as before the transform
     >>> fxprop.set_keep(gm, 0.2).totals.saving        # sparse again
+    >>> fxprop.set_keep(gm, 0.2, keep_weight=0.5)     # more for the weights' gradients
     >>> fxprop.set_keep(gm, examples=0.5)             # of the mini-batch
 
     Args:
         gm: what `fxprop.transform` returned, also wrapped by torch.compile or DistributedDataParallel.
-        keep: a number replaces the keep ratio of the policy in force wherever that policy is sparse;
-            what its rules leave dense, and output layers, stay dense. A Policy, mapping or file takes
-            that policy's place.
+        keep: a number replaces the keep ratio of the policy in force wherever that policy is sparse,
+            and its shares for single gradients; what its rules leave dense, and output layers, stay
+            dense. A Policy, mapping or file takes that policy's place.
+        keep_input, keep_weight: shares for the gradients of the inputs and of the weights, 0 to 1, wherever
+            the policy is sparse. What is not given is `keep`, or without it what the policy says.
         examples: another share of the mini-batch, or "auto". Where the policy took some of it before,
             nothing is traced or compiled again. (Of what `fxprop.backend` returned: its `set_examples`.)
 
@@ -44,19 +52,25 @@ def set_keep(
     """
     inner = unwrap(gm)
     recipe = recipe_of(inner)
-    if keep is None and examples is None:
-        raise PolicyError("set_keep: give keep, examples, or both")
+    shares = {
+        name: share
+        for name, share in (("keep_input", keep_input), ("keep_weight", keep_weight))
+        if share is not None
+    }
+    if keep is None and examples is None and not shares:
+        raise PolicyError("set_keep: give keep, keep_input, keep_weight or examples")
     if examples is not None:
         settings.check("examples", examples, "set_keep")
         if examples != 1 and recipe.examined is not None and recipe.examined.off:
             raise ExamplesError(f"examples={examples!r} cannot be taken: {recipe.examined.off}")
-    if keep is None:
+    if keep is None and not shares:
         assert examples is not None
         return _set_examples(inner, recipe, examples)
-    if isinstance(keep, int | float) and not isinstance(keep, bool):
-        policy, base = recipe.policy.with_keep(keep), recipe.policy
+    if keep is None or (isinstance(keep, int | float) and not isinstance(keep, bool)):
+        policy, base = recipe.policy.with_keep(keep, **shares), recipe.policy
     else:
         policy = base = as_policy(keep)
+        policy = policy.with_keep(**shares) if shares else policy
     if examples is not None:
         policy, base = replace(policy, examples=examples), replace(base, examples=examples)
     return put_in_force(inner, replace(recipe, policy=base), policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fxprop.ops.keep import Keep
 from fxprop.plan.sites import Region, Site
@@ -26,6 +26,20 @@ class Chain:
     score_fraction: float
 
 
+class Kept(NamedTuple):
+    """What is kept for one of the two gradients."""
+
+    # of n at the shapes of the example inputs
+    k: int
+    # what is kept of however many there are, where that is the batch's; None where k is one number
+    share: float | None = None
+
+    @property
+    def amount(self) -> int | float:
+        """As the operator takes it."""
+        return self.k if self.share is None else self.share
+
+
 @dataclass(frozen=True)
 class Sparsity(LayerSettings):
     """What a rewritten site keeps: k of n, chosen how."""
@@ -35,6 +49,9 @@ class Sparsity(LayerSettings):
     n: int
     # what is kept of however many there are, where that is the batch's; None where k is one number
     share: float | None = None
+    # for grad_input and for grad_weight, where that is less; by one score it is a part of what k keeps
+    for_input: Kept | None = None
+    for_weight: Kept | None = None
     # whether the site's region is rewritten as one call
     region: bool = False
     # set where grad_input is computed as far as the region upstream reads it
@@ -43,8 +60,30 @@ class Sparsity(LayerSettings):
     @property
     def keep(self) -> Keep:
         """As the operator takes it."""
-        k = self.k if self.share is None else self.share
-        return Keep.of(k, self, chained=self.chain is not None)
+        whole = Kept(self.k, self.share)
+        # nothing at all has to be said of both
+        parts = (self.for_input, self.for_weight) if self.k else (whole, whole)
+        k_input, k_weight = (None if part is None else part.amount for part in parts)
+        keep = Keep.of(whole.amount, self, chained=self.chain is not None)
+        return keep._replace(k_input=k_input, k_weight=k_weight)
+
+    @property
+    def of_each(self) -> tuple[int, int]:
+        """k for grad_input and for grad_weight."""
+        of_input, of_weight = (
+            self.k if part is None else part.k for part in (self.for_input, self.for_weight)
+        )
+        return of_input, of_weight
+
+    @property
+    def stops(self) -> bool:
+        """Whether one of the gradients is none at all, which is asked for whatever it costs."""
+        return 0 in self.of_each
+
+    @property
+    def amount(self) -> str:
+        """ "3"; with a share for each gradient "3+6", for grad_input and grad_weight."""
+        return "+".join(map(str, dict.fromkeys(self.of_each)))
 
     @property
     def alone(self) -> Sparsity:
@@ -85,6 +124,8 @@ class Decision:
     decided_by: str = "default"
     # settings that have no meaning at the site, and why
     dropped: tuple[str, ...] = ()
+    # whether a gradient arrives: False where all that lies behind keeps nothing for grad_input
+    reached: bool = True
 
     @property
     def region(self) -> Region | None:

@@ -103,6 +103,9 @@ class Site:
     # no other site upstream / downstream
     is_first: bool = False
     is_output: bool = False
+    # the sites that its gradient comes from without passing another, by name; "" is the model's output.
+    # None where not known
+    behind: tuple[str, ...] | None = None
     # which gradients the dense backward computes here
     needs_grad_input: bool = True
     needs_grad_weight: bool = True

@@ -1,4 +1,7 @@
-"""Decisions that depend on one another: one piece of code that is used twice, and convolutions in a row."""
+"""Decisions that depend on one another.
+
+One piece of code that is used twice, convolutions in a row, and layers that no gradient arrives at.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,32 @@ def form_chains(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     return tuple(chained)
 
 
+def find_unreached(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """Marks the sites that no gradient arrives at, since all behind them keep nothing for grad_input."""
+    passes = {d.site.name: d.sparsity is None or d.sparsity.of_each[0] > 0 for d in decisions}
+    if all(passes.values()):
+        return tuple(decisions)
+    reached: dict[str, bool] = {"": True}
+    found = []
+    for decision in reversed(decisions):
+        site = decision.site
+        is_reached = site.behind is None or any(
+            # a second use in a loop may run before what it is behind: then it is taken for reached
+            passes[name] and reached.get(name, True) if name else True
+            for name in site.behind
+        )
+        reached[site.name] = is_reached
+        found.append(replace(decision, reached=is_reached))
+    return tuple(reversed(found))
+
+
 def _chain(site: Site, sparsity: Sparsity, upstream: Decision | None) -> Chain | None:
     if upstream is None or upstream.sparsity is None or upstream.region is None:
         return None
     of = upstream.sparsity
+    reads_none = sparsity.of_each[0] == 0
     is_conv = site.op in ("conv1d", "conv2d", "conv3d") and site.groups == 1
     hands_over = is_conv and site.is_only_reader and SELECTIONS[sparsity.select].of_channels
-    if not (hands_over and upstream.region.kind.reads_part(of)):
+    if reads_none or not (hands_over and upstream.region.kind.reads_part(of)):
         return None
     return Chain(upstream.site.name, of.k, of.n, of.score_fraction)

@@ -42,7 +42,7 @@ def why_not_faster(site: Site, sparsity: Sparsity) -> str | None:
         return None
     assert site.axes is not None
     if not SELECTIONS[sparsity.select].of_slices:
-        what = f"{sparsity.k} of {sparsity.n} entries are too many for what each saves"
+        what = f"{sparsity.amount} of {sparsity.n} entries are too many for what each saves"
         return f"{site.op}, {what}: predicted {speedup:.1f}x; when='always' rewrites it anyway"
     kind = "depthwise" if site.axes.depthwise else "1x1" if _is_pointwise(site) else site.op
     return f"{kind}, memory-bound: predicted {speedup:.1f}x; when='always' rewrites it anyway"
@@ -60,26 +60,39 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         return None
     if not selection.of_slices:
         alone = selection.alone(axes)
-        return (
-            None
-            if alone is None or selection.exact
-            else alone.speedup(sparsity.k, sum(needs), axes.examples)
-        )
-    share = sparsity.k / sparsity.n
+        if alone is None or selection.exact:
+            return None
+        if sparsity.for_input is sparsity.for_weight is None:
+            return alone.speedup(sparsity.k, sum(needs), axes.examples)
+        # each gradient chooses for itself; what keeps all is dense
+        apart = [
+            1 if k == sparsity.n else 1 / alone.speedup(k, 1, axes.examples)
+            for k, needed in zip(sparsity.of_each, needs, strict=True)
+            if needed and k
+        ]
+        return sum(needs) / sum(apart) if apart else math.inf
     flops = 2.0 * axes.multiply_adds * (DEPTHWISE if axes.depthwise else 1)
-    dense = sparse = 0.0
-    for needed, weight_is_written in zip(needs, (False, True), strict=True):
-        if needed:
-            dense += flops + ENTRY * sum(sizes)
+    dense = sparse = moved = 0.0
+    gathered: set[float] = set()
+    shares = [k / sparsity.n for k in sparsity.of_each]
+    for needed, share, weight_is_written in zip(needs, shares, (False, True), strict=True):
+        if not needed:
+            continue
+        dense += flops + ENTRY * sum(sizes)
+        if share == 1:
+            sparse += flops + ENTRY * sum(sizes)
+        elif share:
             sparse += share * flops + ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
             sparse += 1.5 * ENTRY * sizes.weight * weight_is_written  # zeros first
+            gathered.add(share)
     # in a region they come with the pass that the norm's or the activation's backward makes
-    scored = 0 if sparsity.region else selection.scored(axes, sparsity)
-    moved = selection.moved_once(sizes, share)
-    if axes.depthwise:
-        moved += DEPTHWISE_GATHER * share * sizes.input + sizes.input
+    scored = 0 if sparsity.region or not gathered else selection.scored(axes, sparsity)
+    for share in gathered:
+        moved += selection.moved_once(sizes, share)
+        if axes.depthwise:
+            moved += DEPTHWISE_GATHER * share * sizes.input + sizes.input
     sparse += ENTRY * (scored + moved)
-    return dense / (UNMODELLED * sparse)
+    return dense / (UNMODELLED * sparse) if sparse else math.inf
 
 
 def _is_pointwise(site: Site) -> bool:

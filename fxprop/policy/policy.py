@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +18,11 @@ from fxprop.errors import OpError, PolicyError
 from fxprop.ops.entries import available
 from fxprop.ops.scores import FROM_SUMS, get_score
 from fxprop.ops.selections import SELECTIONS
-from fxprop.plan.decisions import Decision, Plan, Sparsity
+from fxprop.plan.decisions import Decision, Kept, Plan, Sparsity
 from fxprop.plan.sites import Site
 from fxprop.policy import cost_model as cost
-from fxprop.policy.between_layers import form_chains, settle_shared_code
+from fxprop.policy.amounts import asked_of, given_by, kept_of
+from fxprop.policy.between_layers import find_unreached, form_chains, settle_shared_code
 
 Position = Literal["first", "output"]
 POSITIONS: tuple[Position, ...] = ("first", "output")
@@ -114,6 +114,10 @@ class Policy(settings.Settings, settings.ExampleSettings):
         keep: share kept, 0 < keep <= 1; 1.0 means dense. Or
         k: how many are kept, at least 1; k >= n means dense. With neither, layers stay dense unless a
             rule says otherwise. k follows from keep as max(1, floor(keep * n + 0.5)).
+        keep_input, keep_weight: the shares for the gradients of the layer's input and of its weight, 0 to
+            1, where they are not `keep` or `k`. With keep_input=0 nothing upstream gets a gradient through
+            the layer, and none is computed; with keep_weight=0 the weight gets none (None, not zeros), as
+            if it were frozen. The bias goes by `bias`: "selected" is what is kept for the weight.
         select: what is chosen: "channel", "element" or another of `fxprop.ops.selections`. Of "nonzero",
             which drops nothing, `keep` is not asked.
         score: "l1", "l2", "random", or a name given to `fxprop.ops.register_score`.
@@ -129,6 +133,9 @@ class Policy(settings.Settings, settings.ExampleSettings):
         weight_grad: "row_sparse" gives the weights of convolutions and linear layers ("channel") a sparse
             tensor with the kept rows for gradient, as `nn.Embedding(sparse=True)` does, so that SGD without
             momentum, SparseAdam and Adagrad pay for these rows only. Other optimizers refuse it.
+        score_weight: rank the channels for the input's gradient by the norm of the output gradient times
+            that of the channel's weights ("channel", "l2"); such layers are rewritten without their norm
+            and activation.
         when: "faster" leaves a layer dense where fxprop's cost model predicts that a sparse backward
             would not be faster ("channel"; needs shapes); "always" rewrites it anyway.
 
@@ -198,7 +205,7 @@ class Policy(settings.Settings, settings.ExampleSettings):
 
     def with_chains(self, decisions: Sequence[Decision]) -> Plan:
         """The plan of these decisions; layers hand channels to one another unless examples are taken."""
-        return Plan(tuple(decisions) if self.takes_examples else form_chains(decisions))
+        return Plan(find_unreached(decisions if self.takes_examples else form_chains(decisions)))
 
     @property
     def takes_examples(self) -> bool:
@@ -217,18 +224,32 @@ class Policy(settings.Settings, settings.ExampleSettings):
                     "fxprop.layers(model, example_inputs) lists every name."
                 )
 
-    def with_keep(self, keep: float) -> Policy:
+    def with_keep(
+        self,
+        keep: float | None = None,
+        *,
+        keep_input: float | None = None,
+        keep_weight: float | None = None,
+    ) -> Policy:
         """This policy with another keep ratio wherever it is sparse; its 1.0 stay 1.0.
 
         >>> Policy(keep=0.05, rules=[Rule(name="fc", keep=1.0), Rule(name="layer4.*", k=3)]).with_keep(0.2)
+
+        `keep` is for both gradients, in place of the shares for each; without it the share that is not
+        given stays.
         """
-        settings.check("keep", keep, "keep")
-        sets_amount = [rule.k is not None or rule.keep not in (None, 1.0) for rule in self.rules]
+        named = {"keep": keep, "keep_input": keep_input, "keep_weight": keep_weight}
+        given: dict[str, Any] = {name: share for name, share in named.items() if share is not None}
+        for name, share in given.items():
+            settings.check(name, share, name)
+        if keep is not None:
+            given = {**dict.fromkeys(settings.AMOUNTS), **given}
+        dense = {"keep": 1.0}
         rules = [
-            replace(rule, keep=keep, k=None) if sets else rule
-            for rule, sets in zip(self.rules, sets_amount, strict=True)
+            replace(rule, **given) if given_by(rule).items() - dense.items() else rule
+            for rule in self.rules
         ]
-        return replace(self, keep=keep, k=None, rules=rules)
+        return replace(self, **given, rules=rules)
 
     def _decide(self, site: Site) -> Decision:
         if site.skip is not None:
@@ -240,10 +261,12 @@ class Policy(settings.Settings, settings.ExampleSettings):
                 break
         policy = self._with(rule)
         selection = SELECTIONS[policy.select]
-        if not selection.exact and policy.k is None and (policy.keep is None or policy.keep == 1.0):
+        asked = asked_of(policy)
+        if not selection.exact and all(of.is_all for of in asked):
             return Decision(site, "dense", "keep = 1", decided_by=decided_by)
-        sets_amount = rule is not None and (rule.keep is not None or rule.k is not None)
-        if selection.exact and (site.axes is None or selection.alone(site.axes) is None):
+        sets_amount = rule is not None and bool(given_by(rule))
+        drops_nothing = selection.exact and all(of.share != 0 for of in asked)
+        if drops_nothing and (site.axes is None or selection.alone(site.axes) is None):
             reason = available.why_not() or available.UNKNOWN
             return Decision(site, "dense", reason, decided_by=decided_by)
         if site.is_output and not sets_amount:
@@ -253,21 +276,24 @@ class Policy(settings.Settings, settings.ExampleSettings):
             reason = f"select={policy.select!r} needs shapes that are known only with example_inputs"
             return Decision(site, "skipped", reason, decided_by=decided_by)
         of_layer, dropped = settings.of_layer(policy, site)
-        share = policy.keep if selection.counts_batch and policy.k is None else None
-        if share is not None and policy.round_to != 1:
+        if selection.counts_batch and policy.round_to != 1 and any(of.k is None for of in asked):
             dropped += (f"round_to={policy.round_to}: how many rows there are is known only at run time",)
-            policy = replace(policy, round_to=1)
-        k = n if selection.exact else _kept(policy, n)
-        if k == n and share is None and not selection.exact:
+        kept = [kept_of(policy, of, n) for of in asked]
+        larger = max(kept, key=lambda of: (of.k, of.share or 0))
+        if not selection.exact and all(of == (n, None) for of in kept):
             return Decision(site, "dense", f"k = n = {n}", decided_by=decided_by)
-        region = Sparsity(k, n, share, region=True, **vars(of_layer))
+        of_layer, dropped = _of_whole_weight(of_layer, dropped, kept[1], n)
+        for_input, for_weight = (None if of == larger else of for of in kept)
+        region = Sparsity(larger.k, n, larger.share, for_input, for_weight, region=True, **vars(of_layer))
         alone = replace(region, region=False, norm_grad="full")
-        fits = _fits_region(site, policy) and (policy.when == "always" or cost.region_wins(site, region))
+        fits = _fits_region(site, region, policy) and (
+            policy.when == "always" or cost.region_wins(site, region)
+        )
         sparsity = region if fits else alone
         has_norm = fits and site.region is not None and "norm_grad" not in site.region.kind.without
         if policy.norm_grad != "full" and not has_norm:
             dropped += (f"norm_grad={policy.norm_grad!r}: the layer is rewritten without a batch norm",)
-        if policy.when == "faster":
+        if policy.when == "faster" and not sparsity.stops:
             slow = cost.why_not_faster(site, sparsity)
             if slow is not None:
                 return Decision(site, "dense", slow, decided_by=decided_by)
@@ -277,7 +303,7 @@ class Policy(settings.Settings, settings.ExampleSettings):
         """This policy with `rule`'s settings in place of its own."""
         given = {s: getattr(rule, s) for s in settings.NAMES if getattr(rule, s, None) is not None}
         if "keep" in given or "k" in given:
-            given = {"keep": None, "k": None, **given}
+            given = {**dict.fromkeys(settings.AMOUNTS), **given}
         return replace(self, rules=(), **given)
 
 
@@ -290,9 +316,12 @@ def _check(given: Rule | Policy, where: str) -> None:
         raise PolicyError(str(error)) from None
 
 
-def _fits_region(site: Site, policy: Policy) -> bool:
+def _fits_region(site: Site, sparsity: Sparsity, policy: Policy) -> bool:
     return (
         policy.regions
+        # what has two choices of its own, or keeps all or nothing, has nothing to compute together
+        and not sparsity.score_weight
+        and 0 < sparsity.k < sparsity.n
         and site.region is not None
         and site.axes is not None
         and not site.axes.depthwise
@@ -301,13 +330,15 @@ def _fits_region(site: Site, policy: Policy) -> bool:
     )
 
 
-def _kept(policy: Policy, n: int) -> int:
-    if policy.k is not None:
-        k = policy.k
-    else:
-        assert policy.keep is not None
-        k = max(1, math.floor(policy.keep * n + 0.5))
-    return min(n, -(-k // policy.round_to) * policy.round_to)
+def _of_whole_weight(
+    of_layer: settings.LayerSettings, dropped: tuple[str, ...], for_weight: Kept, n: int
+) -> tuple[settings.LayerSettings, tuple[str, ...]]:
+    """Without row-sparse gradients, where all rows of the weight get one, or none."""
+    if of_layer.weight_grad == "dense" or 0 < for_weight.k < n:
+        return of_layer, dropped
+    what = "all" if for_weight.k else "nothing"
+    why = f"weight_grad={of_layer.weight_grad!r}: {what} is kept for the weight's gradient"
+    return replace(of_layer, weight_grad="dense"), (*dropped, why)
 
 
 def _near_misses(rule: Rule, sites: Sequence[Site]) -> str:

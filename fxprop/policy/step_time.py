@@ -140,20 +140,32 @@ def _layer(decision: Decision) -> _Times | None:
         optimizer=_OPTIMIZER * ENTRY * sizes.weight * site.needs_grad_weight,
         known=sum(sizes) >= IN_CACHE,
     )
+    if not decision.reached:
+        times.sparse = 0.0
+        return times
     if sparsity is None or not any(needs):
         return times
     selection, share = SELECTIONS[sparsity.select], sparsity.k / sparsity.n
+    if not any(k for k, needed in zip(sparsity.of_each, needs, strict=True) if needed):
+        times.sparse = between
+        return times
     if sparsity.select not in _SLICES:
         speedup = predicted_speedup(site, sparsity)
-        masked = product * sum(needs) + ENTRY * selection.moved_once(sizes, share)
+        computed = sum(needed and k > 0 for k, needed in zip(sparsity.of_each, needs, strict=True))
+        masked = product * computed + ENTRY * selection.moved_once(sizes, share)
         times.sparse = between + (masked if speedup is None else product * sum(needs) / speedup)
         return times
-    done = min(1.0, share * (1 + _BLOCK / sparsity.k)) if sparsity.select == "channel" else share
-    moved = ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
-    for needed, reads in zip(needs, (_read_by(sparsity.chain, site.input_shape), 1.0), strict=True):
-        times.sparse += needed * (reads * done * flops + moved - product)
+    of_all = (_read_by(sparsity.chain, site.input_shape), 1.0)
+    for needed, reads, k in zip(needs, of_all, sparsity.of_each, strict=True):
+        if needed and k:
+            part = k / sparsity.n
+            done = min(1.0, part * (1 + _BLOCK / k)) if sparsity.select == "channel" else part
+            moved = ENTRY * selection.moved_by_product(sizes, part, axes.depthwise)
+            times.sparse += reads * done * flops + moved - product
+        elif needed:
+            times.sparse -= product
     scored = 0 if sparsity.region else selection.scored(axes, sparsity)
-    once = selection.moved_once(sizes, share) + 1.5 * sizes.weight * needs[1]
+    once = selection.moved_once(sizes, share) + 1.5 * sizes.weight * (needs[1] and sparsity.of_each[1] > 0)
     if axes.depthwise:
         once += DEPTHWISE_GATHER * share * sizes.input + sizes.input
     alone = times.sparse - between + ENTRY * (scored + once)

@@ -1,18 +1,19 @@
 """Plan to numbers: the backward FLOPs of every layer. One multiply-add is 2 FLOPs.
 
 A layer whose forward has `multiply_adds` costs twice that many FLOPs for grad_input and the same again for
-grad_weight; with k of n kept, k/n of it.
+grad_weight; with k of n kept, k/n of it, each gradient by its own k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fxprop.ops.axes import Axes
 from fxprop.ops.scores import count_of
 from fxprop.ops.selections import SELECTIONS
-from fxprop.plan.decisions import Chain, Decision, Plan
+from fxprop.plan.decisions import Chain, Decision, Plan, Sparsity
 from fxprop.policy import step_time
 from fxprop.report.records import ExamplesKept, Gradients, Layer
 from fxprop.report.report import Report
@@ -72,6 +73,9 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         select=sparsity.select if sparsity else None,
         score=sparsity.score if sparsity else None,
         k=sparsity.k if sparsity else None,
+        k_input=sparsity.of_each[0] if sparsity else None,
+        k_weight=sparsity.of_each[1] if sparsity else None,
+        reached=decision.reached,
         n=sparsity.n if sparsity else None,
         source=site.source,
         graph=site.graph,
@@ -89,23 +93,50 @@ def _layer(decision: Decision, counted: bool) -> Layer:
 
     forward = 2 * site.multiply_adds
     needs = (site.needs_grad_input, site.needs_grad_weight)
-    dense = _gradients(forward, needs)
+    dense = _gradients([forward, forward], needs)
+    if not decision.reached:
+        return layer.with_counts(forward, dense, _NOTHING, _NOTHING, 0)
     if sparsity is None:
         return layer.with_counts(forward, dense, dense, dense, 0)
-    sparse = _gradients(forward * sparsity.k // sparsity.n, needs)
+    per_gradient = [forward * k // sparsity.n for k in sparsity.of_each]
+    sparse = _gradients(per_gradient, needs)
     if sparsity.chain is not None and site.input_shape is not None:
         sparse = replace(
             sparse, grad_input=_count_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
         )
     assert site.axes is not None
     selection = SELECTIONS[sparsity.select]
-    alone = selection.alone(site.axes)
-    is_alone = (
-        alone is not None and not selection.exact and alone.wins(sparsity.k, sum(needs), site.axes.examples)
+    executed = (
+        sparse if selection.of_slices else _executed_for_entries(site.axes, sparsity, needs, sparse, dense)
     )
-    executed = sparse if selection.of_slices or is_alone else dense
-    select_ops = selection.select_ops(site.axes, sparsity) if any(needs) else 0
+    select_ops = _select_ops(site.axes, sparsity, needs)
     return layer.with_counts(forward, dense, sparse, executed, select_ops)
+
+
+def _executed_for_entries(
+    axes: Axes, sparsity: Sparsity, needs: tuple[bool, bool], sparse: Gradients, dense: Gradients
+) -> Gradients:
+    """What the loops over kept entries perform, or the dense kernels, whichever is to be expected."""
+    selection = SELECTIONS[sparsity.select]
+    alone = None if selection.exact else selection.alone(axes)
+    is_one = sparsity.for_input is sparsity.for_weight is None
+    products = sum(needs) if is_one else 1
+    counts = []
+    for name, k in zip(("grad_input", "grad_weight"), sparsity.of_each, strict=True):
+        is_alone = not k or (alone is not None and alone.wins(k, products, axes.examples))
+        counts.append(getattr(sparse if is_alone else dense, name))
+    return Gradients(*counts)
+
+
+def _select_ops(axes: Axes, sparsity: Sparsity, needs: tuple[bool, bool]) -> int:
+    selection = SELECTIONS[sparsity.select]
+    # all or nothing is chosen without a look
+    chosen = [k for k, needed in zip(sparsity.of_each, needs, strict=True) if needed and 0 < k < sparsity.n]
+    if not any(needs) or not (chosen or selection.exact):
+        return 0
+    # single entries are ranked for each gradient that has a share of its own
+    times = len(set(chosen)) if not (selection.of_slices or selection.exact) else 1
+    return times * selection.select_ops(axes, sparsity)
 
 
 def _count_chained(grad_input: int, chain: Chain, batch: int) -> int:
@@ -115,8 +146,8 @@ def _count_chained(grad_input: int, chain: Chain, batch: int) -> int:
     return grad_input - rest + rest * chain.k // chain.n
 
 
-def _gradients(flops: int, needs: tuple[bool, bool]) -> Gradients:
-    return Gradients(grad_input=flops * needs[0], grad_weight=flops * needs[1])
+def _gradients(flops: Sequence[int], needs: tuple[bool, bool]) -> Gradients:
+    return Gradients(grad_input=flops[0] * needs[0], grad_weight=flops[1] * needs[1])
 
 
 _NOTHING = Gradients(0, 0)

@@ -25,5 +25,7 @@ def of_settings(report: ReportData) -> str:
     takes_part = report.examples is not None and not report.examples.off
     if not used and not takes_part:
         return ""
-    said = list(dict.fromkeys(_SAID.get(select, _OTHERS) for select in used)) or [_OTHERS]
+    apart = any(layer.k_input != layer.k_weight for layer in report.layers)
+    measured = [] if apart else [_SAID.get(select, _OTHERS) for select in used]
+    said = list(dict.fromkeys(measured)) or [_OTHERS]
     return f"Learning: {'; '.join(said)}. Harder tasks may lose more; see {GUIDE}."

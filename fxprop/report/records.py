@@ -55,9 +55,15 @@ class Layer:
     groups: int
     select: Select | None
     score: str | None
+    # the larger of the two below
     k: int | None
     n: int | None
     source: str | None
+    # kept for grad_input and for grad_weight
+    k_input: int | None = None
+    k_weight: int | None = None
+    # whether a gradient arrives: not where all layers behind it keep nothing for grad_input
+    reached: bool = True
     # qualified name of the module whose graph or code it is in; "" is the model itself
     graph: str = ""
     # what is rewritten with the layer: "batch_norm + relu"; None if it is rewritten alone
@@ -132,7 +138,10 @@ class Layer:
             "select": self.select,
             "score": self.score,
             "k": self.k,
+            "k_input": self.k_input,
+            "k_weight": self.k_weight,
             "n": self.n,
+            "reached": self.reached,
             "forward": self.forward,
             "dense": gradients(self.dense),
             "sparse": gradients(self.sparse),

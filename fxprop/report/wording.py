@@ -43,6 +43,13 @@ def notes(report: ReportData) -> list[str]:
     lines += _by_entries(report)
     if row_sparse := sum(layer.weight_grad == "row_sparse" for layer in report.layers):
         lines.append(f"Layers with a row-sparse weight gradient: {row_sparse}.")
+    if apart := sum(layer.k_input != layer.k_weight for layer in report.layers):
+        lines.append(f"Layers with a share for each gradient, kept for grad_input + grad_weight: {apart}.")
+    if cut := sum(not layer.reached for layer in report.layers):
+        lines.append(
+            f"No gradient arrives at {cut} layers (none): what lies behind them keeps nothing for "
+            "grad_input. In other it is counted all the same."
+        )
     if chained := sum(layer.chain is not None for layer in report.layers):
         lines.append(
             f"Chains: {chained} layers compute their input's gradient only in the channels that the layer "
@@ -147,8 +154,13 @@ def kept(row: Row) -> str:
 
 
 def kept_of(layer: Layer) -> str:
-    """ "13/256 channel"; "all" of a dense layer."""
-    return f"{layer.k}/{layer.n} {layer.select}" if layer.status == "rewritten" else "all"
+    """ "13/256 channel", "13+26/256 channel" for grad_input and grad_weight; "all" of a dense layer."""
+    if not layer.reached:
+        return "none"
+    if layer.status != "rewritten":
+        return "all"
+    kept = layer.k if layer.k_input == layer.k_weight else f"{layer.k_input}+{layer.k_weight}"
+    return f"{kept}/{layer.n} {layer.select}"
 
 
 def remarks(layer: Layer) -> str:

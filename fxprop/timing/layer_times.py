@@ -91,6 +91,8 @@ def time_site(site: Site, sparsity: Sparsity, conditions: Conditions, rounds: in
     gradient = torch.randn_like(outputs[0])
 
     def backward(output: Tensor) -> Callable[[], Any]:
+        if not output.requires_grad:  # nothing is kept for any gradient
+            return lambda: None
         return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True, allow_unused=True)
 
     dense, sparse = time_interleaved([backward(output) for output in outputs], rounds, conditions.device)

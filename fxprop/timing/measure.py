@@ -23,6 +23,7 @@ from fxprop.policy.policy import Policy
 from fxprop.policy.step_time import Clock
 from fxprop.progress import count
 from fxprop.pytree import tree_leaves
+from fxprop.settings import AMOUNTS
 from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.timing.tune import site_times, tune
 
@@ -134,13 +135,12 @@ def _compiled(gm: nn.Module, model: nn.Module) -> nn.Module:
 
 def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
     """What tells the policy from others, in a few words."""
-    amount = (
-        f"k {policy.k}" if policy.k is not None else f"keep {policy.keep:g}" if policy.keep else "rules"
-    )
+    amounts = {name: getattr(policy, name) for name in AMOUNTS if getattr(policy, name) is not None}
+    amount = ", ".join(f"{name} {value:g}" for name, value in amounts.items()) or "rules"
     if policy.keep and policy == Policy.fast(policy.keep):
         return f"{amount}, fast"
     examples = policy.examples if policy.examples == "auto" else f"{policy.examples:g}"
-    if policy.takes_examples and policy.keep in (None, 1) and policy.k is None and not policy.rules:
+    if policy.takes_examples and not (amounts.items() - {("keep", 1.0)}) and not policy.rules:
         amount = f"examples {examples}"
     elif policy.takes_examples:
         amount = f"examples {examples}, {amount}"
@@ -148,6 +148,7 @@ def _name(policy: Policy, taken: Mapping[str, Any]) -> str:
         *([policy.examples_select] if policy.examples_select != "importance" else []),
         *([policy.select] if policy.select != "channel" else []),
         *([policy.score] if policy.score != "l1" else []),
+        *(["weights scored"] if policy.score_weight else []),
         *([f"scores from {policy.score_fraction:g}"] if policy.score_fraction != 1 else []),
         *(["norm grads kept"] if policy.norm_grad != "full" else []),
         *(["row-sparse"] if policy.weight_grad == "row_sparse" else []),

@@ -15,6 +15,7 @@ from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import Recipe, attach, recipe_of
 from fxprop.pipeline.set_keep import chosen_in
 from fxprop.policy.policy import Policy
+from fxprop.settings import AMOUNTS
 from fxprop.training.fidelity_table import Products
 
 Gradients = Mapping[str, Tensor]
@@ -36,7 +37,8 @@ class Compared:
     @property
     def dense(self) -> Policy:
         """The policy in force without anything sparse."""
-        return replace(self.recipe.in_force, keep=1.0, k=None, rules=(), examples=1.0, select="channel")
+        amounts: dict[str, Any] = {**dict.fromkeys(AMOUNTS), "keep": 1.0}
+        return replace(self.recipe.in_force, **amounts, rules=(), examples=1.0, select="channel")
 
     def gradients(self, policy: Policy) -> Iterator[Gradients]:
         """Of the parameters, for each mini-batch."""

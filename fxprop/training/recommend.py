@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fxprop.compact.install import uninstall
-from fxprop.errors import ExamplesError
-from fxprop.inspection.decided_policy import make_decided_policy
 from fxprop.pipeline.put_in_force import put_in_force
-from fxprop.pipeline.recipe import recipe_of
 from fxprop.pipeline.set_keep import chosen_in
-from fxprop.plan.sites import Site
-from fxprop.policy.policy import Policy, Rule
 from fxprop.progress import counting
-from fxprop.pytree import tree_leaves
-from fxprop.timing.layer_times import SiteTimes
-from fxprop.timing.tune import site_times
-from fxprop.training.fidelity import energies_of, weight_of
-from fxprop.training.fidelity_table import Products, Row
-from fxprop.training.gradients import Compared, Gradients, products_of
-from fxprop.training.recommendation import Candidate, Recommendation
+from fxprop.training import candidates as plans
+from fxprop.training.budget import Budget, BudgetOf
+from fxprop.training.gradients import Compared, products_of
+from fxprop.training.recommendation import Candidate, Recommendation, Spent
 
 Batch = TypeVar("Batch")
 
-# kept shares of channels, and of the layers that save time those that are tried together, the best first
-_SHARES = (0.5, 0.25)
-_PARTS = (0.25, 0.5, 1.0)
-# what "auto" may cost while it still keeps all, and what it has to save where it keeps its least
-_AUTO_COSTS, _AUTO_SAVES = 0.93, 1.1
-# of the progress, what a model without its first parts must still make: more than a step ahead is not seen
-_LEAST_LEFT = 0.5
 _NO_PROGRESS = "the dense gradient makes no progress on another mini-batch either: give more of them"
 # what a plan must promise, since progress is measured on a few mini-batches; one of channels more, since
 # progress looks a step ahead: those that promised up to 1.1 have lost (examples/benchmarks/RESULTS.md)
@@ -52,6 +32,8 @@ def recommend(
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
     freeze: bool = False,
+    budget: float | None = None,
+    budget_of: BudgetOf = "time",
     rounds: int = 3,
     progress: bool = False,
 ) -> Recommendation:
@@ -70,6 +52,11 @@ def recommend(
         freeze: for fine-tuning, once a new head has settled (some tens of steps): also try to train without
             the first parts of the model, whose parameters then require no gradient any more. What is left
             must make half of the progress.
+        budget: what the plan may cost, 0 to 1: of a dense step's time, forward to backward, as measured
+            here, or with budget_of="flops" of the dense backward's FLOPs. Of the plans within it the one
+            with most progress per second is taken, even if dense makes more; where none is, fewer examples
+            and fewer channels of all layers are tried until one is. What costs least is taken if none is,
+            and the plan says so.
         rounds: timed steps of each plan, twice; dense steps take turns with them.
         progress: show a progress bar on standard error.
 
@@ -77,7 +64,8 @@ def recommend(
     worth more at the lower quartile of its speed, too. Tried are:
         channels, by layers: those that save most seconds for the progress they are expected to lose come
             first; the loss is estimated as the part of the output gradient's energy that is dropped, times
-            the progress made by the layer and all layers before it, where its errors go;
+            the progress made by the layer and all layers before it, where its errors go. At the least
+            share also for the weights' gradients alone (keep_weight), whose errors go nowhere;
         examples="auto": unbiased, so its progress is that of all, and its share follows the spread of the
             examples' gradients; taken where it costs nothing as long as it keeps all, and saves time at
             its least share;
@@ -88,33 +76,59 @@ def recommend(
     Returns the plan, with what was tried and why. Parameters, gradients, buffers and the random state stay
     as they are. Raises what `fxprop.fidelity` raises; then nothing has changed.
     """
+    limit = None if budget is None else Budget(budget, budget_of)
+    return find_plan(
+        gm, batches, loss, plans.Timings(), freeze=freeze, limit=limit, rounds=rounds, progress=progress
+    )
+
+
+def find_plan(
+    gm: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    known: plans.Timings,
+    *,
+    freeze: bool = False,
+    limit: Budget | None = None,
+    rounds: int = 3,
+    progress: bool = False,
+) -> Recommendation:
+    """As `recommend`; what is `known` is not timed again, and what is timed is added."""
     compared = Compared(gm, batches, loss)
     inner, before = compared.inner, compared.recipe
     had_choice = chosen_in(inner) is not None
     counted = counting("plans", progress)
     with compared.as_it_was(), counted as count, _uninstalled_on_error(inner):
-        clock = _Clock(compared, rounds, count)
+        clock = plans.StepClock(compared, rounds, count, known)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
-        if _overall(products_of(dense, dense)).products.dense_next > 0:
-            candidates += _channels(compared, dense, clock)
-            candidates += _prefixes(compared, dense, clock) if freeze else []
+        if plans.overall(products_of(dense, dense)).products.dense_next > 0:
+            candidates += plans.of_channels(compared, dense, clock)
+            candidates += plans.of_prefixes(compared, dense, clock) if freeze else []
         else:
             candidates.append(Candidate("channels", compared.dense, speed=None, why=_NO_PROGRESS))
         best = max(candidates, key=lambda of: of.worth if _may_be_taken(of) else of.name == "dense")
+        cost = 0.0
+        if limit is not None:
+            best, cost = limit.spend(compared, dense, clock, candidates, best)
         # which goes with any of them
-        examples = _examples(compared, clock)
+        examples = plans.of_examples(compared, clock)
         candidates.append(examples)
     policy = best.policy
-    if examples.accepted:
+    takes_auto = examples.accepted and not policy.takes_examples
+    if takes_auto and limit is not None and limit.of == "time":
+        takes_auto = cost / (examples.speed or 1.0) <= limit.share
+    if takes_auto:
         policy = replace(policy, examples="auto")
     report = put_in_force(inner, replace(before, policy=policy), policy)
-    if not (examples.accepted or had_choice):
+    if not (policy.takes_examples or had_choice):
         uninstall(inner)
     for name, parameter in inner.named_parameters():
         if name in best.frozen:
             parameter.requires_grad_(False)
-    return Recommendation(before.model, policy, best, tuple(candidates), report)
+    pays = best.name == "dense" or _may_be_taken(best)
+    spent = None if limit is None else Spent(limit.share, limit.of, cost, pays)
+    return Recommendation(before.model, policy, best, tuple(candidates), report, spent)
 
 
 @contextlib.contextmanager
@@ -129,165 +143,7 @@ def _uninstalled_on_error(gm: nn.Module) -> Iterator[None]:
 
 
 def _may_be_taken(candidate: Candidate) -> bool:
-    if candidate.frozen and candidate.progress < _LEAST_LEFT:
+    if candidate.frozen and candidate.progress < plans.LEAST_LEFT:
         return False
     margin = _MARGIN if candidate.frozen else _MARGIN_OF_CHANNELS
     return candidate.worth >= margin and candidate.least_speed * candidate.progress > 1
-
-
-class Speed(NamedTuple):
-    """How many times as fast as dense: by the medians, and the lower quartile of the rounds' ratios."""
-
-    median: float
-    least: float
-
-
-class _Clock:
-    """Times of steps, forward to backward, in turns with dense ones."""
-
-    def __init__(self, compared: Compared, rounds: int, count: Callable[[], object]) -> None:
-        self._compared, self._rounds, self._count = compared, rounds, count
-
-    def speed(self, policy: Policy, frozen: frozenset[str] = frozenset()) -> Speed:
-        """How many times as fast as a dense step."""
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(2):
-            for of, (policy_now, without) in zip(
-                times, ((self._compared.dense, frozenset[str]()), (policy, frozen)), strict=True
-            ):
-                with self._compared.in_force(policy_now), _without(self._compared.inner, without):
-                    of += [self._step(number) for number in range(self._rounds + 1)][1:]
-        self._count()
-        ratios = [dense / own for dense, own in zip(*times, strict=True)]
-        least = statistics.quantiles(ratios, n=4)[0]
-        return Speed(statistics.median(times[0]) / statistics.median(times[1]), least)
-
-    def _step(self, number: int) -> float:
-        parameters = [p for p in self._compared.inner.parameters() if p.requires_grad]
-        batch = self._compared.batches[number % len(self._compared.batches)]
-        start = _now(parameters[0].device)
-        torch.autograd.grad(self._compared.loss_of(batch), parameters, allow_unused=True)
-        return _now(parameters[0].device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-@contextlib.contextmanager
-def _without(gm: nn.Module, frozen: frozenset[str]) -> Iterator[None]:
-    chosen = [p for name, p in gm.named_parameters() if name in frozen and p.requires_grad]
-    for parameter in chosen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-
-
-def _channels(compared: Compared, dense: list[Gradients], clock: _Clock) -> list[Candidate]:
-    """Plans of channels: more and more layers at the same share."""
-    inner, found = compared.inner, []
-    for share in _SHARES:
-        policy = replace(compared.dense, keep=share, score="l2")
-        with compared.in_force(policy):
-            recipe = recipe_of(inner)
-            energies = energies_of(inner, recipe, compared.gradients)
-            timed = [(site, times) for site, _, times in site_times(inner, None, 3)]
-            decided = {rule.name: rule for rule in make_decided_policy(recipe).rules}
-        ordered = _by_gain(compared, dense, energies, timed)
-        numbers = sorted({max(1, round(part * len(ordered))) for part in _PARTS} if ordered else set())
-        for number in numbers:
-            names = [site.name for site in ordered[:number]]
-            rules = [decided[glob.escape(name)] for name in names]
-            plan = replace(compared.dense, rules=(*rules, Rule(regex=".*", keep=1.0)))
-            progress = _overall(products_of(dense, list(compared.gradients(plan)))).progress
-            what = f"{share:.0%} of the channels of {number} of {len(ordered)} layers that save time"
-            speed, least = clock.speed(plan)
-            found.append(Candidate(what, plan, speed=speed, progress=progress, least_speed=least))
-        if not ordered:
-            what = f"{share:.0%} of the channels"
-            found.append(Candidate(what, compared.dense, speed=None, why="no layer is faster"))
-    return found
-
-
-def _by_gain(
-    compared: Compared,
-    dense: list[Gradients],
-    energies: dict[str, tuple[float, float]],
-    timed: Sequence[tuple[Site, SiteTimes]],
-) -> list[Site]:
-    """The layers that save time, by seconds saved for the progress that is expected to be lost."""
-    names = {id(p): name for name, p in compared.inner.named_parameters()}
-    products = products_of(dense, dense)
-    total = _overall(products).products.dense_next
-    # of each parameter and those before it
-    made = dict(zip(products, accumulate(p.dense_next for p in products.values()), strict=True))
-    gains: list[tuple[float, Site]] = []
-    for site, times in timed:
-        name = weight_of(compared.inner, site.name, names)
-        saved = times.dense - times.sparse
-        if saved <= 0 or name not in energies or name not in made:
-            continue
-        of_all, of_kept = energies[name]
-        dropped = 1 - of_kept / of_all if of_all else 0.0
-        lost = dropped * max(made[name] / total, 0.0)
-        gains.append((saved / max(lost, 1e-6), site))
-    return [site for _, site in sorted(gains, key=lambda gain: -gain[0])]
-
-
-def _examples(compared: Compared, clock: _Clock) -> Candidate:
-    policy = replace(compared.dense, examples="auto")
-    name = 'examples="auto"'
-    examined = compared.recipe.examined
-    if examined is not None and examined.off:
-        return Candidate(name, policy, speed=None, why=examined.off)
-    try:
-        with compared.in_force(policy):
-            for _ in compared.gradients(policy):
-                pass
-            choice = chosen_in(compared.inner)
-            assert choice is not None
-            count = len(next(iter(_tensors(compared.batches[0]))))
-            share = choice.count(count) / count
-        now = clock.speed(policy).median
-        least = clock.speed(replace(policy, examples=policy.examples_least)).median
-    except ExamplesError as error:
-        return Candidate(name, policy, speed=None, why=str(error))
-    accepted = now >= _AUTO_COSTS and least >= _AUTO_SAVES
-    why = f"keeps {share:.0%} now; at its least share, {policy.examples_least:.0%}, {least:.2f}x as fast"
-    return Candidate(name, compared.dense, speed=now, progress=1.0, why=why, accepted=accepted)
-
-
-def _prefixes(compared: Compared, dense: list[Gradients], clock: _Clock) -> list[Candidate]:
-    """The model without gradients for its first parts: children of the first module that has several."""
-    names = list(dense[0])
-    module, path = compared.inner, ""
-    while (
-        len(children := [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())])
-        == 1
-    ):
-        module, path = children[0][1], f"{path}{children[0][0]}."
-    found, products = [], products_of(dense, dense)
-    total = _overall(products).products.dense_next
-    for number in range(1, len(children)):
-        parts = tuple(f"{path}{name}." for name, _ in children[:number])
-        frozen = frozenset(name for name in names if name.startswith(parts))
-        rest = sum(p.dense_next for name, p in products.items() if name not in frozen)
-        what = f"without the gradients of {', '.join(part.removesuffix('.') for part in parts)}"
-        speed, least = clock.speed(compared.dense, frozen)
-        progress = rest / total
-        why = "" if progress >= _LEAST_LEFT else "most of the progress is made there"
-        found.append(Candidate(what, compared.dense, frozen, speed, progress, why, least_speed=least))
-    return found
-
-
-def _overall(products: dict[str, Products]) -> Row:
-    return Row("all", None, None, Products.total(list(products.values())))
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())

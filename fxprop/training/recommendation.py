@@ -30,6 +30,8 @@ class Candidate:
     accepted: bool = False
     # lower quartile of the speed over the rounds
     least_speed: float = 1.0
+    # whether it is a plan without another; "auto" goes with any
+    stands_alone: bool = True
 
     @property
     def worth(self) -> float:
@@ -40,6 +42,25 @@ class Candidate:
         """The numbers, and the reason."""
         numbers = {"speed": self.speed, "progress": self.progress, "worth": self.worth}
         return {"name": self.name, **numbers, "why": self.why, "frozen": sorted(self.frozen)}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A budget, and the cost of the plan that was chosen by it, of a dense step."""
+
+    share: float
+    # "time" or "flops"
+    of: str
+    cost: float
+    # whether the plan is worth more than dense besides
+    pays: bool
+
+    def __str__(self) -> str:
+        what = "dense step's time" if self.of == "time" else "dense backward's FLOPs"
+        text = f"Budget: {self.share:.2f} of a {what}; the plan costs {self.cost:.2f}"
+        if self.cost > self.share:
+            return f"{text}, and nothing that was tried costs less."
+        return f"{text}." if self.pays else f"{text}. Without the budget it would not be taken."
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class Recommendation:
     tried: tuple[Candidate, ...]
     # on the policy
     report: Report
+    # what the plan might cost, and what it does; None without a budget
+    budget: Spent | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -66,6 +89,7 @@ class Recommendation:
             "model": self.model,
             "policy": to_dict(self.policy),
             "frozen": sorted(self.best.frozen),
+            "budget": None if self.budget is None else vars(self.budget),
             "tried": [candidate.to_dict() for candidate in self.tried],
         }
 
@@ -90,6 +114,7 @@ class Recommendation:
             "",
             "Dense = 1. progress: of a small step along the plan's gradient, on another mini-batch.",
             "The same progress takes 1 / (progress per second) of the time of dense training.",
+            *([] if self.budget is None else [str(self.budget)]),
         )
         return "\n".join(lines)
 
@@ -106,6 +131,7 @@ class Recommendation:
                 f"{self.model}: speeds alone, on random numbers; --batches measures progress",
                 "",
                 tabulate(rows, headers, tablefmt=style, disable_numparse=True),
+                *([] if self.budget is None else ["", str(self.budget)]),
             )
         )
 

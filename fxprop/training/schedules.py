@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from fxprop import settings
 from fxprop.errors import PolicyError
+from fxprop.training.replan import Replan as Replan
 
 
 class Schedule(Protocol):

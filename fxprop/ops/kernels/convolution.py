@@ -20,7 +20,7 @@ from fxprop.ops.keep import Keep
 from fxprop.ops.kernels import conv_1x1, few_channels
 from fxprop.ops.kernels.handover import hand_over
 from fxprop.ops.kernels.layout import take_channels, top_channels
-from fxprop.ops.scores import channel_scores
+from fxprop.ops.scores import channel_scores, l2_norms
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class Convolution(Form):
 
     def scores(self, grad: Tensor, keep: Keep, of: Operands) -> Tensor:
         return channel_scores(grad, (0, *range(2, grad.dim())), keep)
+
+    def choices(self, grad: Tensor) -> int:
+        return channel_runs(self.groups, grad.shape[1] // self.groups)[1]
+
+    def weight_norms(self, weight: Tensor) -> Tensor:
+        if not self.transposed:
+            return l2_norms(weight.flatten(1), (1,))
+        # [groups, C_in/groups, C_out/groups, kernel]
+        grouped = weight.reshape(self.groups, -1, weight.shape[1], weight[0, 0].numel())
+        return l2_norms(grouped, (1, 3)).flatten()
 
     def top(self, scores: Tensor, k: int) -> Tensor:
         """As in `Form`: int64 [k * groups], group after group."""
@@ -97,6 +107,8 @@ class Convolution(Form):
 
     def _of_few(self, grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> Pair:
         """By what is fastest for few output channels."""
+        if not any(needed):
+            return None, None
         if conv_1x1.applies(input, weight, self.padding, self.groups):
             return conv_1x1.gradients(grad, input, weight, self.stride, *needed)
         if few_channels.applies(grad, input, weight, self.stride, self.groups):

@@ -77,7 +77,7 @@ def conv_batch_norm(
         or not _fits(norm, dims)
         or input.dim() != dims + 2
         or groups == weight.shape[0]
-        or is_dense(keep, weight.shape[0] // groups, None, input, weight)
+        or is_dense(keep.larger, weight.shape[0] // groups, None, input, weight)
     ):
         kept = keep.arguments((*WITHOUT, "norm_grad"))
         output = CONVOLUTIONS[dims](input, weight, bias, stride, padding, dilation, groups, **kept)
@@ -191,5 +191,5 @@ def _choose(ctx: Any, grad_output: Tensor) -> Tensor:
     first = slice(len(grad_output))
     part = None if output is None else output[first]
     norm = NormBackward(grad_output, part, features[first], mean, invstd, gamma, ctx.epilogue.eps)
-    kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), int(ctx.keep.k))
+    kept: Tensor = ctx.form.top(norm.scores(None, ctx.keep), int(ctx.keep.larger.k))
     return kept

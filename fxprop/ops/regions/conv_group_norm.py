@@ -83,7 +83,7 @@ def conv_group_norm(
         or not is_plain(norm, (nn.GroupNorm,))
         or input.dim() != dims + 2
         or groups == weight.shape[0]
-        or is_dense(keep, weight.shape[0] // groups, None, input, weight)
+        or is_dense(keep.larger, weight.shape[0] // groups, None, input, weight)
     ):
         kept = keep.arguments(WITHOUT)
         output = CONVOLUTIONS[dims](input, weight, bias, stride, padding, dilation, groups, **kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprop.ops.compiling import is_compiling
-from fxprop.ops.form import Form, Operands, Pair
+from fxprop.ops.form import Form, Gradients, Operands, Pair
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
 from fxprop.ops.kernels.handover import ChainEnd
@@ -69,13 +69,17 @@ def runs_apart(input: Tensor, keep: Keep) -> bool:
     """Whether a region's parts are called one after the other for this input.
 
     On devices other than the CPU, where it was not measured; under torch.compile, which fuses by itself;
-    and where what is kept cannot be told from sums over channels.
+    and where what is kept cannot be told from sums over channels alone.
     """
     return (
         input.device.type != "cpu"
         or is_compiling()
         or keep.select != "channel"
         or keep.score not in FROM_SUMS
+        # what is kept for the one gradient is then no part of what is kept for the other
+        or keep.score_weight
+        # nothing is left to compute together
+        or keep.larger.k == 0
     )
 
 
@@ -92,6 +96,8 @@ def run_region(
 
     `own` are the epilogue's tensors that get gradients.
     """
+    if keep.of_input == 0:
+        input = input.detach()  # so that nothing upstream is computed for it
     outputs = _SparseRegion.apply(form, epilogue, keep, input, weight, bias, *own)
     result: Tensor = outputs[0]
     return result
@@ -127,16 +133,38 @@ class _SparseRegion(SparseFunction):
             nothing: Some = (None,) * (6 + ctx.own)
             return nothing
         input, weight, *saved = ctx.chain.saved_of(ctx) if ctx.chain else ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, *needs_own = ctx.needs_input_grad[3:]
-        needed = needs_input, needs_weight
+        keep, (*of_layer, needs_bias) = ctx.keep, ctx.keep.needs(ctx.needs_input_grad[3:6])
+        needed, needs_own = tuple(of_layer), ctx.needs_input_grad[6:]
         arrived = Arrived(
             grad_output, weight, tuple(saved), ctx.chain, needed, needs_bias, tuple(needs_own)
         )
         with torch.no_grad(), torch.autocast(autocast_device(grad_output), enabled=False):
-            behind = ctx.epilogue.behind(ctx.form, ctx.keep, arrived)
+            behind = ctx.epilogue.behind(ctx.form, keep.larger, arrived)
             of = Operands(input, weight, (), needed)
-            pair: Pair = None, None
-            if behind.kept is not None and behind.grad is not None:
-                pair = ctx.form.from_kept(behind.grad, behind.kept, of, ctx.keep)
+            *pair, grad_bias = _of_layer(ctx.form, keep, behind, of)
         used = [t for t in (grad_output, input, weight, *saved) if t is not None and t.requires_grad]
-        return None, None, None, *refuse_double_backward((*pair, behind.bias, *behind.own), used)
+        return None, None, None, *refuse_double_backward((*pair, grad_bias, *behind.own), used)
+
+
+def _of_layer(form: Form, keep: Keep, behind: Behind, of: Operands) -> Gradients:
+    """Of the operator's input, weight and bias, each from what is kept for it."""
+    kept, grad, grad_bias, _ = behind
+    if kept is None or grad is None:
+        return None, None, grad_bias
+    if keep.is_one:
+        return *form.from_kept(grad, kept, of, keep), grad_bias
+    # in every run of channels the highest scores come first
+    runs = torch.arange(len(kept), device=kept.device).view(-1, int(keep.larger.k))
+
+    def part(k: int, needed: tuple[bool, bool]) -> Pair:
+        if not any(needed):
+            return None, None
+        at = runs[:, :k].flatten()
+        of_part = grad if len(at) == len(kept) else form.take(grad, at, of)
+        return form.from_kept(of_part, kept[at], of._replace(needed=needed), keep.only(k))
+
+    grad_input, _ = part(int(keep.of_input), (of.needed[0], False))
+    _, grad_weight = part(int(keep.of_weight), (False, of.needed[1]))
+    if grad_bias is not None and keep.bias_grad == "selected":
+        grad_bias = grad_bias.index_fill(0, kept[runs[:, int(keep.of_weight) :].flatten()], 0)
+    return grad_input, grad_weight, grad_bias

@@ -60,7 +60,8 @@ def linear_activation(
         raise OpError(
             f"linear_activation: activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}"
         )
-    if runs_apart(input, keep) or is_dense(keep, weight.shape[0], weight.shape[0], input, weight, bias):
+    n = weight.shape[0]
+    if runs_apart(input, keep) or is_dense(keep.larger, n, n, input, weight, bias):
         return ACTIVATIONS[activation](linear(input, weight, bias, **keep.arguments(WITHOUT)))
     check_keep("linear_activation", keep, weight)
     tensors = autocast(input, weight, bias, keep.weight_grad)

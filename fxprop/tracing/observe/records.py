@@ -104,6 +104,17 @@ class Autograd:
                 below.update(self.next.get(function, ()))
         return at - above, at - below
 
+    def behind(self, sites: Collection[int]) -> dict[int, set[int | None]]:
+        """For each site those that its gradient comes from without passing another; None is an output."""
+        at, order = set(sites), self._upstream_first()
+        led_to = {n for of in self.next.values() for n in of}
+        sources: dict[int, set[int | None]] = {f: set() if f in led_to else {None} for f in order}
+        for function in reversed(order):
+            handed = {function} if function in at else sources[function]
+            for n in self.next.get(function, ()):
+                sources[n] |= handed
+        return {site: sources.get(site, set()) for site in at}
+
     def requiring(self, leaves: Collection[int]) -> set[int]:
         """The functions that a gradient to one of `leaves` passes."""
         reached = set(leaves)
