@@ -76,7 +76,7 @@ def test_warming_up_teaches_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, method.module.parameters(), strict=True))
     assert all(p.grad is None for p in method.module.parameters())
     scheduler = fxprop.KeepScheduler(method.module, examples=lambda step: "auto")
-    assert scheduler.state_dict()["examples"] == {"spread": None}
+    assert scheduler.state_dict()["examples"] == {"spread": None, "rested": 0}
 
 
 def test_dense_ends_of_a_budget():

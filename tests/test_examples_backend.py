@@ -208,7 +208,7 @@ def test_state_of_auto():
     scheduler = fxprop.KeepScheduler(backend, examples=lambda step: "auto")
     model(inputs()).backward(lone_gradient())
     state = scheduler.state_dict()
-    assert state["examples"] == {"spread": pytest.approx(7)}
+    assert state["examples"] == {"spread": pytest.approx(7), "rested": 0}
     model, other = compiled(Layers().double(), examples="auto")
     fxprop.KeepScheduler(other, examples=lambda step: "auto").load_state_dict(state)
     model(inputs()).backward(lone_gradient())
