@@ -439,6 +439,31 @@ def test_without_numba_nothing_changes_but_the_kernels(monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch has other threads, and fxprop its own")
+def test_torchs_threads_are_found():
+    """An interface of compilers, not of torch: if a torch comes without it, fxprop's own threads are slower."""
+    from fxprop.ops.entries import threads
+
+    assert "OpenMP" in torch.__config__.parallel_info()
+    assert threads.openmp() is not None
+
+
+def test_fxprops_own_threads_do_the_same(forced, monkeypatch):
+    from fxprop.ops.entries import threads
+
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        done = []
+        threads.run([lambda n=n: done.append(n) for n in range(50)])
+        assert sorted(done) == list(range(50))
+        with pytest.raises(ValueError, match="one of them"):
+            threads.run([lambda: done.append(0), lambda: int("one of them"), lambda: done.append(0)])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_numba_starts_no_threads_of_its_own(forced):
     import numba
 
