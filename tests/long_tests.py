@@ -3,7 +3,8 @@
     pytest -m "slow or not slow" --record-durations
 
 writes tests/durations.json. A test that took a second or more is marked slow, except the shortest of those
-that are parameters of one function: so the short run has a bit of everything.
+that are parameters of one function: so the short run has a bit of everything. It also has what is marked
+short, because nothing else runs what that runs.
 """
 
 import json
@@ -26,7 +27,7 @@ def mark_slow(items, durations):
         shortest = min((seconds for seconds, _ in tests))
         spared = shortest if shortest < TOO_LONG else 0.0
         for seconds, item in tests:
-            if seconds >= LONG and seconds != spared:
+            if seconds >= LONG and seconds != spared and not item.get_closest_marker("short"):
                 item.add_marker(pytest.mark.slow)
 
 

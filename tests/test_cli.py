@@ -228,6 +228,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fxprop {fxprop.__version__}\n"
 
 
+@pytest.mark.short
 def test_timm_and_transformers(capsys, tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")

@@ -110,13 +110,12 @@ def test_gradients_are_those_of_the_kept_examples(name, inner):
     check(name, inner, torch.float64, SELECTS)
 
 
-INDUCTOR = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
-]
+COMPILES = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+INDUCTOR = [pytest.mark.slow, COMPILES]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=INDUCTOR) for name in MODELS])
+@pytest.mark.short
+@pytest.mark.parametrize("name", [pytest.param(name, marks=COMPILES) for name in MODELS])
 def test_gradients_by_inductor(name):
     check(name, "inductor", torch.float32, ["importance"])
 

@@ -13,6 +13,8 @@ from torch.utils import _pytree
 
 import fxprop
 
+pytestmark = pytest.mark.short
+
 N = 6
 ORDER = torch.tensor([1, 0, 2, 3, 5, 4])
 

@@ -193,6 +193,7 @@ def test_measure_options():
         fxprop.measure(small().requires_grad_(False), 0.5, (X,))
 
 
+@pytest.mark.short
 def test_bench(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     command = ["bench", "resnet18", "--input", "2x3x64x64", "--rounds", "1", "-q", "--preset", "fast"]
