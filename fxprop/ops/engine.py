@@ -13,7 +13,7 @@ from fxprop.ops.compiling import is_compiling
 from fxprop.ops.form import Form, Gradients, Operands
 from fxprop.ops.function import SparseFunction, autocast_device, refuse_double_backward
 from fxprop.ops.keep import Keep
-from fxprop.ops.selections import SELECTIONS
+from fxprop.ops.selections import SELECTIONS, Given
 
 
 def run(
@@ -88,12 +88,14 @@ def _backward(ctx: Any, grad_output: Tensor, of: Operands, needs_bias: bool) -> 
         return None, None, full_bias
     selection = SELECTIONS[keep.select]
     if _observers and not is_compiling():
-        kept = selection.kept(form, keep.larger, grad, selection.rank(form, keep, grad, of), of)
+        given = Given(grad, of, selection.rank(form, keep, grad, of))
+        kept = selection.kept(form, keep.larger, given)
         for observer in _observers:
             observer(of.weight, grad, kept)
     bias = ctx.bias_shape if needs_bias else None
     if keep.is_one:
-        gradients = selection.backward(form, keep, grad, selection.rank(form, keep, grad, of), of, bias)
+        given = Given(grad, of, selection.rank(form, keep, grad, of))
+        gradients = selection.backward(form, keep, given, bias)
     else:
         gradients = _of_shares(form, keep, grad, of, bias)
     return gradients[0], gradients[1], full_bias if full_bias is not None else gradients[2]
@@ -109,27 +111,21 @@ def _of_shares(form: Form, keep: Keep, grad: Tensor, of: Operands, bias: torch.S
     if (of.needed[0] and not for_input) or (asks_weight and not for_weight):
         ranked = selection.rank(form, keep, grad, of)
 
-    def part(
-        k: int | float,
-        is_all: bool,
-        needed: tuple[bool, bool],
-        bias: torch.Size | None,
-        scores: Tensor | None,
-    ) -> Gradients:
-        of_part = of._replace(needed=needed)
+    def part(k: int | float, is_all: bool, given: Given, bias: torch.Size | None) -> Gradients:
         if not is_all:
-            return selection.backward(form, keep.only(k), grad, scores, of_part, bias)
-        pair = form.products(grad, form.arrange_input(of.input), of.weight, of_part)
+            return selection.backward(form, keep.only(k), given, bias)
+        pair = form.products(grad, form.arrange_input(of.input), of.weight, given.of)
         grad_bias = None if bias is None else form.bias(grad, None, of.weight, bias)
-        return *form.restore(pair, of_part), grad_bias
+        return *form.restore(pair, given.of), grad_bias
 
     grad_input = grad_weight = grad_bias = None
     if of.needed[0]:
         scores = ranked
         if keep.score_weight and ranked is not None:
             scores = form.weighted(ranked, keep, of)
-        grad_input, _, _ = part(keep.of_input, for_input, (True, False), None, scores)
+        given = Given(grad, of._replace(needed=(True, False)), scores)
+        grad_input, _, _ = part(keep.of_input, for_input, given, None)
     if asks_weight:
-        needed = (False, of.needed[1])
-        _, grad_weight, grad_bias = part(keep.of_weight, for_weight, needed, bias, ranked)
+        given = Given(grad, of._replace(needed=(False, of.needed[1])), ranked)
+        _, grad_weight, grad_bias = part(keep.of_weight, for_weight, given, bias)
     return grad_input, grad_weight, grad_bias

@@ -29,14 +29,9 @@ def _l1(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _norm(grad_output, dims, 1)
 
 
-def _l2(grad_output: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return _norm(grad_output, dims, 2)
-
-
 def l2_norms(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Norms over `dims`, in float32 for half types."""
-    norms: Tensor = torch.linalg.vector_norm(wide(tensor), 2, dims)
-    return norms
+    return _norm(tensor, dims, 2)
 
 
 def _norm(grad_output: Tensor, dims: tuple[int, ...], order: Literal[1, 2]) -> Tensor:
@@ -71,7 +66,7 @@ RANDOM = "random"
 # scores that follow from sums over grad_output, before any entry of the gradient behind a norm exists
 FROM_SUMS = ("l1", "l2", RANDOM)
 
-_SCORES: dict[str, Score] = {"l1": _l1, "l2": _l2, RANDOM: _random}
+_SCORES: dict[str, Score] = {"l1": _l1, "l2": l2_norms, RANDOM: _random}
 
 
 def score_names() -> tuple[str, ...]:

@@ -30,6 +30,21 @@ class Sizes(NamedTuple):
     output: float
 
 
+class Given(NamedTuple):
+    """What a backward is given: the gradient as the form arranged it, and the operands."""
+
+    grad: Tensor
+    of: Operands
+    # what the selection's `rank` gave
+    ranked: Tensor | None
+
+    @property
+    def scores(self) -> Tensor:
+        """Of a selection that takes some."""
+        assert self.ranked is not None
+        return self.ranked
+
+
 class Selection(Protocol):
     """A value of `select`."""
 
@@ -72,19 +87,11 @@ class Selection(Protocol):
     def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
         """The scores of what `grad`, as `form` arranged it, has to choose from; None if it takes none."""
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
-        """What is kept of `grad`, by what `rank` gave; zeros may stand for what is not."""
+    def kept(self, form: Form, keep: Keep, given: Given) -> Tensor:
+        """What is kept of the gradient; zeros may stand for what is not."""
 
-    def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        ranked: Tensor | None,
-        of: Operands,
-        bias: torch.Size | None,
-    ) -> Gradients:
-        """The gradients from what is kept of `grad`, by what `rank` gave; a bias's if it has a shape."""
+    def backward(self, form: Form, keep: Keep, given: Given, bias: torch.Size | None) -> Gradients:
+        """The gradients from what is kept of the gradient; a bias's if it has a shape."""
 
 
 class Channel:
@@ -128,22 +135,12 @@ class Channel:
     def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
         return form.scores(grad, keep, of)
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
-        assert ranked is not None
-        return form.take(grad, form.top(ranked, int(keep.k)), of)
+    def kept(self, form: Form, keep: Keep, given: Given) -> Tensor:
+        return form.take(given.grad, form.top(given.scores, int(keep.k)), given.of)
 
-    def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        ranked: Tensor | None,
-        of: Operands,
-        bias: torch.Size | None,
-    ) -> Gradients:
-        assert ranked is not None
-        kept = form.top(ranked, int(keep.k))
-        grad = form.take(grad, kept, of)
+    def backward(self, form: Form, keep: Keep, given: Given, bias: torch.Size | None) -> Gradients:
+        kept, of = form.top(given.scores, int(keep.k)), given.of
+        grad = form.take(given.grad, kept, of)
         grad_bias = None if bias is None else form.bias(grad, kept, of.weight, bias)
         return *form.from_kept(grad, kept, of, keep), grad_bias
 
@@ -188,18 +185,11 @@ class Element:
     def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
         return None
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
-        return mask_entries(form.examples(grad), keep)
+    def kept(self, form: Form, keep: Keep, given: Given) -> Tensor:
+        return mask_entries(form.examples(given.grad), keep)
 
-    def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        ranked: Tensor | None,
-        of: Operands,
-        bias: torch.Size | None,
-    ) -> Gradients:
+    def backward(self, form: Form, keep: Keep, given: Given, bias: torch.Size | None) -> Gradients:
+        grad, of = given.grad, given.of
         alone = alone_gradients(form, keep, grad, of, bias is not None)
         if alone is not None:
             pair, kept = alone
@@ -252,19 +242,11 @@ class Row:
     def rank(self, form: Form, keep: Keep, grad: Tensor, of: Operands) -> Tensor | None:
         return scores_over(grad, tuple(range(form.rows_dim + 1, grad.dim())), keep)
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
-        return _take_rows(grad, _choose_rows(keep, ranked))
+    def kept(self, form: Form, keep: Keep, given: Given) -> Tensor:
+        return _take_rows(given.grad, _choose_rows(keep, given.scores))
 
-    def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        ranked: Tensor | None,
-        of: Operands,
-        bias: torch.Size | None,
-    ) -> Gradients:
-        kept = _choose_rows(keep, ranked)
+    def backward(self, form: Form, keep: Keep, given: Given, bias: torch.Size | None) -> Gradients:
+        grad, of, kept = given.grad, given.of, _choose_rows(keep, given.scores)
         taken, input = _take_rows(grad, kept), form.arrange_input(of.input)
         of_kept = Operands(of.input, of.weight, form.others_of_rows(kept, of), of.needed)
         grad_input, grad_weight = form.products(taken, _take_rows(input, kept), of.weight, of_kept)
@@ -295,18 +277,11 @@ class Nonzero(Element):
     def keeps_all(self, k: int | float, n: int, example: int | None) -> bool:
         return False
 
-    def kept(self, form: Form, keep: Keep, grad: Tensor, ranked: Tensor | None, of: Operands) -> Tensor:
-        return grad
+    def kept(self, form: Form, keep: Keep, given: Given) -> Tensor:
+        return given.grad
 
-    def backward(
-        self,
-        form: Form,
-        keep: Keep,
-        grad: Tensor,
-        ranked: Tensor | None,
-        of: Operands,
-        bias: torch.Size | None,
-    ) -> Gradients:
+    def backward(self, form: Form, keep: Keep, given: Given, bias: torch.Size | None) -> Gradients:
+        grad, of = given.grad, given.of
         pair = nonzero_gradients(form, grad, of)
         if pair is None:
             found = form.products(grad, form.arrange_input(of.input), of.weight, of)
@@ -314,13 +289,12 @@ class Nonzero(Element):
         return *pair, None if bias is None else form.bias(grad, None, of.weight, bias)
 
 
-def _choose_rows(keep: Keep, ranked: Tensor | None) -> Tensor:
+def _choose_rows(keep: Keep, scores: Tensor) -> Tensor:
     """Indices of the rows with the highest scores, of each matrix."""
-    assert ranked is not None
-    n = ranked.shape[-1]
+    n = scores.shape[-1]
     k = min(keep.k, n) if isinstance(keep.k, int) else max(1, int(keep.k * n + 0.5))
     # in order: memory is read from its beginning to its end
-    return ranked.topk(k, dim=-1).indices.sort(-1).values
+    return scores.topk(k, dim=-1).indices.sort(-1).values
 
 
 def _take_rows(tensor: Tensor, kept: Tensor) -> Tensor:

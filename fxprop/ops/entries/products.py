@@ -147,17 +147,14 @@ def _add_to_input(
                 part.lengths, entries.value, begins[n], end, *fresh,
             )  # fmt: skip
 
+    def pack_and_add(part: Kind, first: int, last: int) -> None:
+        add(part, packed(part, False), first, last)
+
     if len(kind.lengths) == 1:
         # different parts of one tap are different numbers of the input: each thread may have its own
         count = tasks() // len(parts) // (len(parts) if packs else 1)
         examples = ranges(work.examples, max(1, count))
-        run(
-            [
-                lambda part=part, some=some: add(part, packed(part, False), *some)  # type: ignore[misc]
-                for part in parts
-                for some in examples
-            ]
-        )
+        run([functools.partial(pack_and_add, part, *some) for part in parts for some in examples])
         return
     for part in parts:
         of_weight = packed(part, True)
