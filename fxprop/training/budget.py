@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from fxprop.errors import ExamplesError, InputError
 from fxprop.pipeline.recipe import recipe_of
 from fxprop.policy.policy import Policy
-from fxprop.training.candidates import LEAST_LEFT, StepClock, overall
-from fxprop.training.fidelity import weight_of
+from fxprop.training.candidates import LEAST_LEFT, StepClock
+from fxprop.training.fidelity import names_of, overall, weight_of
 from fxprop.training.gradients import Compared, Gradients, products_of
 from fxprop.training.recommendation import Candidate
 
@@ -37,12 +37,6 @@ class Budget:
         if self.of not in get_args(BudgetOf):
             raise InputError(f"budget_of={self.of!r}: expected one of {', '.join(get_args(BudgetOf))}")
 
-    def cost(self, compared: Compared, candidate: Candidate) -> float | None:
-        """Of a plan, dense = 1; None where it was not measured."""
-        if candidate.speed is None:
-            return None
-        return 1 / candidate.speed if self.of == "time" else _flops(compared, candidate)
-
     def spend(
         self,
         compared: Compared,
@@ -56,27 +50,31 @@ class Budget:
         Where none of those `tried` is, others are tried, and listed with them, until one is. The cheapest
         if none is.
         """
-        costs = [(self._known(compared, candidate), candidate) for candidate in tried if _counts(candidate)]
-        first = self._known(compared, best)
+        first = self._cost(compared, best)
         if first <= self.share:
             return best, first
-        within = [of for of in costs if of[0] <= self.share]
+        costs = self._costs(compared, tried)
         further = self._further(compared, dense, clock)
-        while not within and (more := next(further, None)) is not None:
+        while not (within := [of for of in costs if of[0] <= self.share]):
+            more = next(further, None)
+            if more is None:
+                break
             tried += more
-            found = [
-                (self._known(compared, candidate), candidate) for candidate in more if _counts(candidate)
-            ]
-            costs += found
-            within = [of for of in found if of[0] <= self.share]
+            costs += self._costs(compared, more)
         if within:
             cost, chosen = max(within, key=lambda of: of[1].worth)
         else:
             cost, chosen = min(costs, key=lambda of: of[0])
         return chosen, cost
 
-    def _known(self, compared: Compared, candidate: Candidate) -> float:
-        cost = self.cost(compared, candidate)
+    def _costs(self, compared: Compared, plans: list[Candidate]) -> list[tuple[float, Candidate]]:
+        """Of those that may be taken."""
+        return [(self._cost(compared, plan), plan) for plan in plans if _counts(plan)]
+
+    def _cost(self, compared: Compared, candidate: Candidate) -> float:
+        """Of a plan that was measured; dense = 1."""
+        assert candidate.speed is not None
+        cost = 1 / candidate.speed if self.of == "time" else _flops(compared, candidate)
         if cost is None:
             raise InputError(
                 "budget_of='flops' needs FLOPs, which are counted with example_inputs only: transform "
@@ -128,7 +126,7 @@ def _flops(compared: Compared, candidate: Candidate) -> float | None:
     totals = report.totals
     if totals.dense is None or totals.other is None:
         return None
-    names = {id(p): name for name, p in inner.named_parameters()}
+    names = names_of(inner)
     executed = sum(
         layer.executed.total
         for layer in report.layers

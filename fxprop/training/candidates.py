@@ -23,8 +23,7 @@ from fxprop.policy.policy import Policy, Rule
 from fxprop.pytree import tree_leaves
 from fxprop.timing.layer_times import SiteTimes
 from fxprop.timing.tune import site_times
-from fxprop.training.fidelity import energies_of, weight_of
-from fxprop.training.fidelity_table import Products, Row
+from fxprop.training.fidelity import energies_of, names_of, overall, weight_of
 from fxprop.training.gradients import Compared, Gradients, products_of
 from fxprop.training.recommendation import Candidate
 
@@ -170,7 +169,7 @@ def _by_gain(
 
     `stays`: what is lost in a layer goes no further.
     """
-    names = {id(p): name for name, p in compared.inner.named_parameters()}
+    names = names_of(compared.inner)
     products = products_of(dense, dense)
     total = overall(products).products.dense_next
     own = [p.dense_next for p in products.values()]
@@ -235,10 +234,6 @@ def of_prefixes(compared: Compared, dense: list[Gradients], clock: StepClock) ->
         why = "" if progress >= LEAST_LEFT else "most of the progress is made there"
         found.append(Candidate(what, compared.dense, frozen, speed, progress, why, least_speed=least))
     return found
-
-
-def overall(products: dict[str, Products]) -> Row:
-    return Row("all", None, None, Products.total(list(products.values())))
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

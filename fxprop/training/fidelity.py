@@ -83,10 +83,10 @@ def _collect(
     batches: int,
 ) -> Fidelity:
     plan = recipe.plans[recipe.mode(gm.training)]
-    weights = {id(p): name for name, p in gm.named_parameters()}
+    names = names_of(gm)
     rows, taken = [], set()
     for decision in plan.decisions:
-        name = weight_of(gm, decision.site.name, weights)
+        name = weight_of(gm, decision.site.name, names)
         if name is None or name in taken or name not in products:
             continue
         taken.add(name)
@@ -97,8 +97,17 @@ def _collect(
         rows.append(Row(decision.site.name, kept, energy, products[name]))
     rest = [p for name, p in products.items() if name not in taken]
     others = (Row("other parameters", None, None, Products.total(rest)),) if rest else ()
-    overall = Row("all", None, None, Products.total(list(products.values())))
-    return Fidelity(recipe.model, batches, examples, (*rows, *others), overall)
+    return Fidelity(recipe.model, batches, examples, (*rows, *others), overall(products))
+
+
+def overall(products: Mapping[str, Products]) -> Row:
+    """The row of all parameters."""
+    return Row("all", None, None, Products.total(list(products.values())))
+
+
+def names_of(gm: nn.Module) -> dict[int, str]:
+    """The parameters' names, as `weight_of` looks them up."""
+    return {id(p): name for name, p in gm.named_parameters()}
 
 
 def weight_of(gm: nn.Module, site: str, names: Mapping[int, str]) -> str | None:

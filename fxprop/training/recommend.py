@@ -15,6 +15,7 @@ from fxprop.pipeline.set_keep import chosen_in
 from fxprop.progress import counting
 from fxprop.training import candidates as plans
 from fxprop.training.budget import Budget, BudgetOf
+from fxprop.training.fidelity import overall
 from fxprop.training.gradients import Compared, products_of
 from fxprop.training.recommendation import Candidate, Recommendation, Spent
 
@@ -102,7 +103,7 @@ def find_plan(
         clock = plans.StepClock(compared, rounds, count, known)
         dense = list(compared.gradients(compared.dense))
         candidates = [Candidate("dense", compared.dense)]
-        if plans.overall(products_of(dense, dense)).products.dense_next > 0:
+        if overall(products_of(dense, dense)).products.dense_next > 0:
             candidates += plans.of_channels(compared, dense, clock)
             candidates += plans.of_prefixes(compared, dense, clock) if freeze else []
         else:
