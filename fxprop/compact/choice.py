@@ -92,11 +92,12 @@ class Choice:
 
     def rests(self) -> bool:
         """Whether a call that comes now takes all examples, and nothing is to be learnt from it."""
-        if self.share == "auto":
-            if self._by_spread() < 1 or self.spread is None or self.rested == _LOOKS - 1:
-                return False
-            self.rested += 1
-        return self.share in (1, "auto")
+        if self.share != "auto":
+            return self.is_full()
+        if self._by_spread() < 1 or self.spread is None or self.rested == _LOOKS - 1:
+            return False
+        self.rested += 1
+        return True
 
     def count(self, n: int) -> int:
         """How many of n examples the next backward takes; 2 at least: graphs are made for several."""

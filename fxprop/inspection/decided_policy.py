@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fxprop.pipeline.recipe import Recipe
-from fxprop.plan.decisions import Decision, Kept, Sparsity
+from fxprop.plan.decisions import Decision, Sparsity
 from fxprop.policy.policy import Policy, Rule
 from fxprop.settings import OF_LAYERS
 
@@ -40,12 +40,8 @@ def _rule(decision: Decision) -> Rule:
 
 def _sparse(name: str, sparsity: Sparsity) -> Rule:
     given = {setting.name: getattr(sparsity, setting.name) for setting in OF_LAYERS}
-    kept = [
-        Kept(sparsity.k, sparsity.share) if of is None else of
-        for of in (sparsity.for_input, sparsity.for_weight)
-    ]
     amount: dict[str, Any] = {"k": sparsity.k} if sparsity.share is None else {"keep": sparsity.share}
-    if kept[0] != kept[1] or not sparsity.k:
-        shares = [of.k / sparsity.n if of.share is None else of.share for of in kept]
+    if not sparsity.is_one or not sparsity.k:
+        shares = [of.k / sparsity.n if of.share is None else of.share for of in sparsity.kept]
         amount = dict(zip(("keep_input", "keep_weight"), shares, strict=True))
     return Rule(name=name, regions=sparsity.region, when="always", **amount, **given)

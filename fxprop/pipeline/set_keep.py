@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -52,25 +52,22 @@ def set_keep(
     """
     inner = unwrap(gm)
     recipe = recipe_of(inner)
-    shares = {
-        name: share
-        for name, share in (("keep_input", keep_input), ("keep_weight", keep_weight))
-        if share is not None
-    }
-    if keep is None and examples is None and not shares:
+    shares: dict[str, Any] = {"keep_input": keep_input, "keep_weight": keep_weight}
+    has_shares = keep_input is not None or keep_weight is not None
+    if keep is None and examples is None and not has_shares:
         raise PolicyError("set_keep: give keep, keep_input, keep_weight or examples")
     if examples is not None:
         settings.check("examples", examples, "set_keep")
         if examples != 1 and recipe.examined is not None and recipe.examined.off:
             raise ExamplesError(f"examples={examples!r} cannot be taken: {recipe.examined.off}")
-    if keep is None and not shares:
+    if keep is None and not has_shares:
         assert examples is not None
         return _set_examples(inner, recipe, examples)
     if keep is None or (isinstance(keep, int | float) and not isinstance(keep, bool)):
         policy, base = recipe.policy.with_keep(keep, **shares), recipe.policy
     else:
         policy = base = as_policy(keep)
-        policy = policy.with_keep(**shares) if shares else policy
+        policy = policy.with_keep(**shares) if has_shares else policy
     if examples is not None:
         policy, base = replace(policy, examples=examples), replace(base, examples=examples)
     return put_in_force(inner, replace(recipe, policy=base), policy)

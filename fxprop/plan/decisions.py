@@ -60,20 +60,28 @@ class Sparsity(LayerSettings):
     @property
     def keep(self) -> Keep:
         """As the operator takes it."""
-        whole = Kept(self.k, self.share)
         # nothing at all has to be said of both
-        parts = (self.for_input, self.for_weight) if self.k else (whole, whole)
+        parts = (self.for_input, self.for_weight) if self.k else self.kept
         k_input, k_weight = (None if part is None else part.amount for part in parts)
-        keep = Keep.of(whole.amount, self, chained=self.chain is not None)
+        keep = Keep.of(Kept(self.k, self.share).amount, self, chained=self.chain is not None)
         return keep._replace(k_input=k_input, k_weight=k_weight)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether as much is kept for both gradients."""
+        return self.for_input is self.for_weight is None
+
+    @property
+    def kept(self) -> tuple[Kept, Kept]:
+        """For grad_input and for grad_weight."""
+        whole = Kept(self.k, self.share)
+        return self.for_input or whole, self.for_weight or whole
 
     @property
     def of_each(self) -> tuple[int, int]:
         """k for grad_input and for grad_weight."""
-        of_input, of_weight = (
-            self.k if part is None else part.k for part in (self.for_input, self.for_weight)
-        )
-        return of_input, of_weight
+        of_input, of_weight = self.kept
+        return of_input.k, of_weight.k
 
     @property
     def stops(self) -> bool:

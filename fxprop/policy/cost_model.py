@@ -62,7 +62,7 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         alone = selection.alone(axes)
         if alone is None or selection.exact:
             return None
-        if sparsity.for_input is sparsity.for_weight is None:
+        if sparsity.is_one:
             return alone.speedup(sparsity.k, sum(needs), axes.examples)
         # each gradient chooses for itself; what keeps all is dense
         apart = [

@@ -119,8 +119,7 @@ def _executed_for_entries(
     """What the loops over kept entries perform, or the dense kernels, whichever is to be expected."""
     selection = SELECTIONS[sparsity.select]
     alone = None if selection.exact else selection.alone(axes)
-    is_one = sparsity.for_input is sparsity.for_weight is None
-    products = sum(needs) if is_one else 1
+    products = sum(needs) if sparsity.is_one else 1
     counts = []
     for name, k in zip(("grad_input", "grad_weight"), sparsity.of_each, strict=True):
         is_alone = not k or (alone is not None and alone.wins(k, products, axes.examples))
