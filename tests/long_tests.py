@@ -24,7 +24,7 @@ def mark_slow(items, durations):
     for item in items:
         of_functions[item.nodeid.partition("[")[0]].append((durations.get(item.nodeid, 0.0), item))
     for tests in of_functions.values():
-        shortest = min((seconds for seconds, _ in tests))
+        shortest = min(seconds for seconds, _ in tests)
         spared = shortest if shortest < TOO_LONG else 0.0
         for seconds, item in tests:
             if seconds >= LONG and seconds != spared and not item.get_closest_marker("short"):

@@ -12,6 +12,7 @@ import oracle
 import samples
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from samples import Sample, in_layouts
 
 from fxprop import ops
@@ -62,6 +63,14 @@ class Supports:
         if self.norm_grad:
             taken["norm_grad"] = ("full", "kept")
         return taken
+
+    def defaults(self, **others):
+        """The keywords' defaults, but for `others`."""
+        return {name: values[0] for name, values in self.settings().items()} | others
+
+    def drawn(self):
+        """Any value for each keyword."""
+        return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in self.settings().items()})
 
     def missing(self):
         """Keywords of other operators, which this one refuses."""

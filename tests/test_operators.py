@@ -62,9 +62,8 @@ def check_combinations(operator, dtype):
             error.add_note(str(keywords))
             raise
     if dtype in HALF:
-        default = {name: values[0] for name, values in operator.supports.settings().items()}
         for other, select in itertools.product(operator.samples[1:], ("channel", "element")):
-            check(operator, other, dtype, 2, **{**default, "select": select})
+            check(operator, other, dtype, 2, **operator.supports.defaults(select=select))
 
 
 @every_sample
@@ -79,7 +78,7 @@ def test_one_some_and_all_in_every_shape_and_layout(operator, sample, select):
 @given(data=st.data())
 def test_shapes_and_settings_that_are_drawn(operator, data):
     sample = data.draw(operator.drawn)
-    keywords = {name: data.draw(st.sampled_from(v)) for name, v in operator.supports.settings().items()}
+    keywords = data.draw(operator.supports.drawn())
     needs = data.draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
     if keywords.get("norm_grad") == "kept":
         needs = (needs[0], True, needs[2])  # with neither of the two the norm is called by itself

@@ -72,10 +72,6 @@ def by_hand(operator, sample, leaves, coefficients, k_input, k_weight, **keyword
     return found
 
 
-def defaults(operator, **others):
-    return {name: values[0] for name, values in operator.supports.settings().items()} | others
-
-
 def check(operator, sample, dtype, k_input, k_weight, needs=(True, True, True), **keywords):
     leaves, others = sample.leaves(dtype, needs), sample.leaves(dtype, needs)
     k = max(k_input, k_weight, 1)
@@ -99,7 +95,14 @@ SHARES = [(1, 3), (3, 1), (0, 2), (2, 0), (2, 10**6), (10**6, 2), (0, 10**6)]
 @pytest.mark.parametrize("select", ["channel", "element"])
 def test_each_gradient_is_that_of_its_own_share(operator, select):
     for sample, (k_input, k_weight) in itertools.product(operator.samples[:4], SHARES):
-        check(operator, sample, widest(operator), k_input, k_weight, **defaults(operator, select=select))
+        check(
+            operator,
+            sample,
+            widest(operator),
+            k_input,
+            k_weight,
+            **operator.supports.defaults(select=select),
+        )
 
 
 @every_operator
@@ -109,14 +112,21 @@ def test_every_setting_beside_shares(operator):
     for name, values in taken.items():
         for value in values[1:]:
             for k_input, k_weight in ((1, 3), (3, 1)):
-                check(operator, sample, dtype, k_input, k_weight, **defaults(operator, **{name: value}))
+                check(
+                    operator,
+                    sample,
+                    dtype,
+                    k_input,
+                    k_weight,
+                    **operator.supports.defaults(**{name: value}),
+                )
 
 
 @every_operator
 @pytest.mark.parametrize("shares", [(2, 2), (1, 3), (3, 1), (2, 0)])
 def test_grad_input_may_rank_by_the_weights_as_well(operator, shares):
     for sample in operator.samples:
-        keywords = defaults(operator, score="l2", score_weight=True)
+        keywords = operator.supports.defaults(score="l2", score_weight=True)
         if 0 in (*sample.input, *sample.constants.get("sizes", ())):
             continue
         with contextlib.suppress(oracle.Tie):  # any choice is right
@@ -129,7 +139,7 @@ def test_sums_over_processes_rank_by_the_weights_alike(operator):
     found = []
     for sync in (False, True):
         leaves = operator.samples[0].leaves(widest(operator))
-        keywords = defaults(operator, score="l2", score_weight=True, sync_selection=sync)
+        keywords = operator.supports.defaults(score="l2", score_weight=True, sync_selection=sync)
         output = operator.run(operator.samples[0], leaves, k=2, **keywords)
         found.append(gradients(output, leaves, operator.samples[0].coefficients(output)))
     assert_close(*found, TOLERANCE[widest(operator)])
@@ -140,7 +150,7 @@ def test_sums_over_processes_rank_by_the_weights_alike(operator):
 @given(data=st.data())
 def test_shapes_and_shares_that_are_drawn(operator, data):
     sample = data.draw(operator.drawn)
-    keywords = {name: data.draw(st.sampled_from(v)) for name, v in operator.supports.settings().items()}
+    keywords = data.draw(operator.supports.drawn())
     # of all of the channels a region's parts are called one by one, which scores a part in another way
     keywords["score_fraction"] = 1.0
     if keywords.get("norm_grad") == "kept":
@@ -159,7 +169,7 @@ def test_shapes_and_shares_that_are_drawn(operator, data):
 def test_the_oracle_sees_one_more_in_either_share(operator):
     sample, dtype = operator.samples[0], widest(operator)
     leaves = sample.leaves(dtype)
-    keywords = defaults(operator)
+    keywords = operator.supports.defaults()
     output = operator.run(sample, leaves, k=3, k_input=1, k_weight=3, **keywords)
     coefficients = sample.coefficients(output)
     found = gradients(output, leaves, coefficients)
@@ -246,7 +256,12 @@ def test_shares_that_are_none():
 def test_compiled_code_has_the_same_gradients(operator):
     sample, dtype = operator.samples[0], operator.supports.compiled
     for shares, keywords in (((1, 3), {}), ((3, 0), {}), ((2, 2), {"score": "l2", "score_weight": True})):
-        given = {"k": 3, "k_input": shares[0], "k_weight": shares[1], **defaults(operator, **keywords)}
+        given = {
+            "k": 3,
+            "k_input": shares[0],
+            "k_weight": shares[1],
+            **operator.supports.defaults(**keywords),
+        }
         leaves, others = sample.leaves(dtype), sample.leaves(dtype)
         output = operator.run(sample, leaves, **given)
 
