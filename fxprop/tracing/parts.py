@@ -151,17 +151,33 @@ class _Descent:
                 if training == here:
                     raise
                 continue  # it cannot run in that mode: batch norm on a batch of one
-            recording = Recording(traced, training, *self._inputs, real=model.real, compared=True)
             counted = training == here or traced.other_mode_differs
-            run: Run | InputError
-            try:
-                run = recording.run(backward=counted)
-            except InputError as error:
-                run = error
-            faults |= disagreements(model, recording.observation, pieces, train=training)
+            run, found = self._held_to(model, traced, pieces, training, backward=counted)
+            faults |= found
             if counted:
                 traced.runs[training] = run
         return faults
+
+    def _held_to(
+        self, model: Observation, traced: Traced, pieces: set[str], training: bool, *, backward: bool
+    ) -> tuple[Run | InputError, dict[str, str]]:
+        """A run of the graphs, and where they do something else than the model did."""
+        assert self._inputs is not None
+        # what reads values need not run for real twice, unless something seems to be wrong
+        for answers in (model.answers, None) if model.answers is not None else (None,):
+            real = model.real and answers is None
+            recording = Recording(
+                traced, training, *self._inputs, real=real, answers=answers, compared=True
+            )
+            run: Run | InputError
+            try:
+                run = recording.run(backward=backward)
+            except InputError as error:
+                run = error
+            faults = disagreements(model, recording.observation, pieces, train=training)
+            if isinstance(run, Run) and not faults:
+                break
+        return run, faults
 
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:
         """Take `module` as one graph; its leaves that hold more are visited on their own."""

@@ -15,6 +15,7 @@ from torch import nn
 from fxprop.errors import InputError, ValuesNeededError
 from fxprop.ops.reads import Product
 from fxprop.tracing.observe.account import Op
+from fxprop.tracing.observe.answers import Answers
 from fxprop.tracing.observe.code_at_work import AccountBesideCalls, Calls
 from fxprop.tracing.observe.twin import Twin, describe_all, has_values
 from fxprop.tracing.observe.untouched import draws
@@ -44,6 +45,8 @@ class Observation:
     # (module at work, parameter) of every product with a parameter
     products: dict[tuple[str, str], None] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
+    # of a run on real tensors: what it read
+    answers: Answers | None = None
     # what it changed in Python's objects, and whose random numbers it drew besides torch's, in words
     changes: list[str] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
@@ -114,6 +117,8 @@ def run_observed(
             # torch.fx prints where generated code fails
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             stack.enter_context(watch.watching())
+            if real:
+                observation.answers = stack.enter_context(Answers())
             stack.enter_context(calls)
             stack.enter_context(account)
             twin.root(*twin.args, **twin.kwargs)

@@ -28,6 +28,7 @@ from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.module_kinds import is_users
 from fxprop.tracing.observe.account import Account
 from fxprop.tracing.observe.accounting import Observation
+from fxprop.tracing.observe.answers import Answers, Given
 from fxprop.tracing.observe.flop_formulas import FlopCounter
 from fxprop.tracing.observe.products import describe_product
 from fxprop.tracing.observe.recorder import GraphRecorder, on_gradient
@@ -100,10 +101,13 @@ class Recording:
         kwargs: Mapping[str, Any],
         *,
         real: bool,
+        answers: Answers | None = None,
         compared: bool = False,
     ) -> None:
         self._compared = compared
-        self._run = Run(real=real)
+        # what a run on real tensors read: in one on fake tensors it is read again
+        self._answers = answers
+        self._run = Run(real=real or answers is not None)
         # the account of the forward, if it is to be held against the model's
         self.observation = Observation(real=real)
         self._twin = Twin(traced.root, args, kwargs, real=real)
@@ -131,7 +135,7 @@ class Recording:
         """Run it; see `run_traced`."""
         twin, run = self._twin, self._run
         with twin.running(self._training) as state:
-            with FlopCounter() as forward, self.watch.watching():
+            with self._answered(), FlopCounter() as forward, self.watch.watching():
                 outputs = self._forward()
             run.forward_flops = forward.total
             self._note_used()
@@ -148,6 +152,9 @@ class Recording:
         self.observation.changes = list(state.changed)
         self._settle()
         return run
+
+    def _answered(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._answers is None else Given(self._answers)
 
     def _forward(self) -> Any:
         twin, observation = self._twin, self.observation
