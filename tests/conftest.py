@@ -91,3 +91,26 @@ def net(made):
     model.zero_grad(), gm.zero_grad()
     choice.share, choice.last = 0.5, None
     return model, gm, choice
+
+
+@pytest.fixture
+def whatever_is_set(monkeypatch):
+    """Tests of the loops over kept entries are of the loops, also where the suite is run without them."""
+    monkeypatch.delenv("FXPROP_SPARSE", raising=False)
+
+
+@pytest.fixture
+def forced(monkeypatch, whatever_is_set):
+    """Loops wherever they can run; the list has an item for each of their calls."""
+    from fxprop.ops.entries import products
+
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return gradients(*args)
+
+    gradients = products.gradients
+    monkeypatch.setenv("FXPROP_SPARSE", "always")
+    monkeypatch.setattr(products, "gradients", counted)
+    return calls
