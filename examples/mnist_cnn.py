@@ -26,14 +26,15 @@ def load(data, train):
 
 
 def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool", quiet=False, **others):
-    """Last accuracy, seconds per epoch [(backward, whole step)], fxprop's report; others: policy, lr."""
+    """Per epoch accuracy in % and seconds (backward, whole step); fxprop's report. others: policy, lr."""
     torch.manual_seed(seed)
     batches = torch.utils.data.DataLoader(load(data, True), 64, shuffle=True)
     images, labels = load(data, False).tensors
     sparse = fxprop.Policy(keep=keep, select="channel" if select == "dense" else select, when="always")
     policy = others.get("policy") or (1.0 if select == "dense" else sparse)
     model, report = fxprop.transform(make_cnn(norm_after), policy, (torch.empty(64, 1, 28, 28),))
-    optimizer, times = torch.optim.Adam(model.parameters(), lr=others.get("lr", 1e-3)), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=others.get("lr", 1e-3))
+    accuracies, times = [], []
     for epoch in range(1, epochs + 1):
         backward, start = 0.0, time.perf_counter()
         for x, y in tqdm(batches, f"epoch {epoch}", disable=quiet, leave=False):
@@ -45,10 +46,10 @@ def train(data, select="channel", keep=0.05, epochs=6, seed=0, norm_after="pool"
         times.append((backward, time.perf_counter() - start))
         with torch.no_grad():
             predicted = torch.cat([model.eval()(x).argmax(1) for x in images.split(500)])
-        accuracy = 100 * (predicted == labels).double().mean().item()
+        accuracies.append(accuracy := 100 * (predicted == labels).double().mean().item())
         model.train()
         print(f"epoch {epoch}: accuracy {accuracy:.2f} %, backward {backward:.2f} of {times[-1][1]:.2f} s")
-    return accuracy, times, report
+    return accuracies, times, report
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def main():
     for keep in args.keep:
         for seed in range(args.seeds):
             for name, policy in policies(keep).items():
-                accuracy, _, _ = train(
+                of_epochs, _, _ = train(
                     args.data, epochs=args.epochs, seed=seed, norm_after="conv", quiet=True, policy=policy
                 )
-                accuracies.setdefault((keep, name), []).append(f"{accuracy:.2f}")
+                accuracies.setdefault((keep, name), []).append(f"{of_epochs[-1]:.2f}")
     found = {keep: cosines(args.data, keep) for keep in args.keep}
     of_keep = {keep: means for keep, (means, _) in found.items()}
     keeps = [f"keep {keep:g}" for keep in args.keep]
