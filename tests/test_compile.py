@@ -178,6 +178,18 @@ def test_any_batch_size_without_compiling_again(name):
     assert counts == [1, 1]
 
 
+@pytest.mark.parametrize("size", [9, 12])
+def test_few_channels_of_free_sizes(size):
+    """What decides between kernels is a number for torch.compile, on small images as on others."""
+    net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 2, 3))
+    x = torch.randn(4, 3, size, size)
+    gm, _ = fxprop.transform(net, fxprop.Policy(keep=0.25, when="always"), (x,))
+    torch._dynamo.reset()
+    compiled = torch.compile(gm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 3):
+        assert difference(gradients(compiled, x[:batch]), gradients(gm, x[:batch])) < 1e-5
+
+
 class HostReads(TorchDispatchMode):
     """Operators whose result the host has to wait for: shapes or values that depend on data."""
 

@@ -97,6 +97,10 @@ def timm_case(name: str) -> Case:
     import timm
 
     model = timm.create_model(name).train()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            # a last layer that is zero has no gradient for those in front
+            nn.init.normal_(parameter, std=0.02)
     size = model.default_cfg["input_size"]
     fixed = model.default_cfg.get("fixed_input_size", False) or size[-1] < 200
     return model, (torch.rand(2, *(size if fixed else (3, 128, 128))),), {}

@@ -245,7 +245,10 @@ def gradients_equal(
     if ours.keys() != expected.keys():
         return "DIFFER in which parameters have one"
     # a bias before a batch norm has the gradient zero, up to rounding that grows with the others' size
-    floor = 1e-6 * max((grad.abs().max().item() for grad in expected.values()), default=0.0)
+    largest = max((grad.abs().max().item() for grad in expected.values()), default=0.0)
+    if largest == 0:
+        return "not compared: all gradients are zero"
+    floor = 1e-6 * largest
     sizes = {name: grad.abs().max().clamp(min=floor) for name, grad in expected.items()}
     errors = [((ours[name] - expected[name]).abs().max() / sizes[name]).item() for name in ours]
     worst = max(errors, default=0.0)

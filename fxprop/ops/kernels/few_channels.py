@@ -19,9 +19,9 @@ from fxprop.ops.kernels.layout import is_channels_last
 
 # channels that the convolution kernels compute at once
 _BLOCK = 16
-# how much more work, as a factor, a block with its unused channels must be for this to be faster:
-# on small images, and on others
-_WASTE_SMALL, _WASTE = 2.0, 1.2
+# how much more work, in tenths, a block with its unused channels must be for this to be faster: on small
+# images, and on others (whole numbers: torch.compile makes inputs of a graph of floats that are global)
+_WASTE_SMALL, _WASTE = 20, 12
 _SMALL = 100
 
 
@@ -32,14 +32,14 @@ def applies(grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int
     left to the convolution kernels, which accumulate in float32; other devices because it was not measured.
     """
     # not by math.ceil, which torch.compile does not take of a free size
-    waste = -(-len(weight) // _BLOCK) * _BLOCK / len(weight)
+    worked = -(-len(weight) // _BLOCK) * _BLOCK
     return (
         groups == 1
         and input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
         and all(step == 1 for step in stride)
         and grad_output.shape[2:] == input.shape[2:]
-        and waste >= (_WASTE if math.prod(input.shape[2:]) >= _SMALL else _WASTE_SMALL)
+        and 10 * worked >= len(weight) * (_WASTE if math.prod(input.shape[2:]) >= _SMALL else _WASTE_SMALL)
     )
 
 
