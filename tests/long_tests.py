@@ -1,10 +1,10 @@
 """Which tests are slow: by how long they took when that was last recorded.
 
-    pytest -m "slow or not slow" --record-durations
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) pytest -m "slow or not slow" --record-durations
 
-writes tests/durations.json. A test that took a second or more is marked slow, except the shortest of those
-that are parameters of one function: so the short run has a bit of everything. It also has what is marked
-short, because nothing else runs what that runs.
+writes tests/durations.json. A test that took long is marked slow, except the shortest of those that are
+parameters of one function: so the short run has a bit of everything. It also has what is marked short,
+because nothing else runs what that runs.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 
 FILE = Path(__file__).with_name("durations.json")
 # seconds: what is recorded, what is long, and what is too long for any of a function to be in the short run
-RECORDED, LONG, TOO_LONG = 0.5, 1.0, 5.0
+RECORDED, LONG, TOO_LONG = 0.5, 0.6, 2.0
 
 
 def mark_slow(items, durations):

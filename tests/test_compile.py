@@ -181,7 +181,9 @@ def test_any_batch_size_without_compiling_again(name):
 @pytest.mark.parametrize("size", [9, 12])
 def test_few_channels_of_free_sizes(size):
     """What decides between kernels is a number for torch.compile, on small images as on others."""
-    net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 2, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 2, 3)
+    )
     x = torch.randn(4, 3, size, size)
     gm, _ = fxprop.transform(net, fxprop.Policy(keep=0.25, when="always"), (x,))
     torch._dynamo.reset()

@@ -10,6 +10,8 @@ from coverage_oracle import forward_equal, gradients_equal, product_flops
 
 import fxprop
 
+pytestmark = pytest.mark.usefixtures("memory_given_back")
+
 DETECTION = "fasterrcnn_mobilenet_v3_large_320_fpn raft_small".split()
 HF = """BertForSequenceClassification RobertaForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM
 MistralForCausalLM Qwen2ForCausalLM MixtralForCausalLM T5ForConditionalGeneration BartForConditionalGeneration

@@ -194,7 +194,8 @@ def forward_equal(model: nn.Module, other: nn.Module, args: tuple, kwargs: dict)
     for module in (copy.deepcopy(model), other):
         torch.manual_seed(1)
         with _same_buffers(module):
-            outputs.append(_tensors(_run(module, args, kwargs)))
+            # without its graph, which for a large model is gigabytes
+            outputs.append([t.detach() for t in _tensors(_run(module, args, kwargs))])
     ours, theirs = outputs
     return len(ours) == len(theirs) > 0 and all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, theirs, strict=True)
