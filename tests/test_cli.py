@@ -12,6 +12,7 @@ from torch import nn
 
 import fxprop
 from fxprop.cli import main as cli
+from fxprop.cli.models.sources import Source, load
 
 
 def run(capsys, *argv):
@@ -287,3 +288,13 @@ def test_frontend_option(capsys):
     code, out, _ = run(capsys, "report", HERE + "make_net", *INPUT, "--frontend", "export")
     assert code == 0
     assert "export front-end" in out
+
+
+def test_what_is_measured_has_gradients():
+    """torchvision's vit begins with a last layer that is zero, behind which every gradient would be."""
+    loaded = load(Source("vit_b_32", inputs=["1x3x224x224"], real=True))
+    loss = loaded.model(*loaded.inputs).square().mean()
+    grad = torch.autograd.grad(loss, loaded.model.conv_proj.weight)[0]
+    assert grad.abs().max() > 0
+    on_meta = load(Source("vit_b_32")).model
+    assert all(parameter.is_meta for parameter in on_meta.parameters())
