@@ -169,6 +169,14 @@ def test_a_layer_that_would_lose_is_dense_or_masked_as_the_policy_says():
     assert first[1].executed == first[1].sparse
 
 
+def test_a_layer_that_is_smaller_than_the_call_costs_is_left_dense():
+    model = nn.Sequential(nn.Conv2d(96, 4, 1), nn.Conv2d(4, 96, 1), nn.Conv2d(96, 4, 1))
+    x = torch.empty(8, 96, 1, 1, device="meta")  # of a squeeze and excitation
+    report = fxprop.estimate(model, fxprop.Policy(select="element", keep=0.05), (x,))
+    assert [layer.status for layer in report.layers] == ["dense"] * 3
+    assert "when='always' rewrites it anyway" in report.layers[1].reason
+
+
 def test_under_autocast_the_report_counts_the_dense_kernels():
     model, x = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 10)), torch.randn(64, 512)
     with torch.autocast("cpu", torch.bfloat16):

@@ -69,7 +69,9 @@ def test_the_comparison_above_can_fail():
 
 
 def test_a_number_changes_what_the_policy_makes_sparse_and_nothing_else():
-    policy = fxprop.Policy(keep=0.1, select="element", rules=[fxprop.Rule(name="0", keep=1.0)])
+    policy = fxprop.Policy(
+        keep=0.1, select="element", when="always", rules=[fxprop.Rule(name="0", keep=1.0)]
+    )
     _, gm, _, _ = case("whole", policy)
     first, second, last = fxprop.set_keep(gm, 0.5).layers
     assert (first.status, last.status) == ("dense", "dense")

@@ -118,7 +118,7 @@ def test_convolutions_counted_by_loops(conv, shape, kept):
 
 def test_element_counts_entries():
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 3), nn.Conv2d(3, 2, 1))
-    policy = fxprop.Policy(rules=[fxprop.Rule(name="1", k=5, select="element")])
+    policy = fxprop.Policy(when="always", rules=[fxprop.Rule(name="1", k=5, select="element")])
     report = fxprop.estimate(model, policy, (torch.randn(2, 2, 6, 6),))
     layer = report.layers[1]
     assert layer.n == 3 * 4 * 4

@@ -104,7 +104,7 @@ def test_products_that_have_no_rows_stay_dense():
 def test_elements_stay_dense():
     _, report = fxprop.transform(
         nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)),
-        fxprop.Policy(keep=0.25, select="element", weight_grad="row_sparse"),
+        fxprop.Policy(keep=0.25, select="element", weight_grad="row_sparse", when="always"),
         (torch.empty(2, 4),),
     )
     assert report.layers[0].weight_grad == "dense"

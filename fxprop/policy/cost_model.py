@@ -2,8 +2,8 @@
 
 The dense backward is two products; the sparse one is two smaller products, a pass over grad_output for the
 scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; an
-entry that is moved from or to memory costs `ENTRY` of them. Layers that fit in a cache are not modelled:
-what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
+entry that is moved from or to memory costs `ENTRY` of them. Slices of layers that fit in a cache are not
+modelled: what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
 AVX-512 (examples/benchmarks/cost_model.py shows how well); `fxprop.tune` measures instead.
 """
 
@@ -56,7 +56,7 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         return None
     needs = (site.needs_grad_input, site.needs_grad_weight)
     sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
-    if sum(sizes) < IN_CACHE or not any(needs):
+    if not any(needs) or (selection.of_slices and sum(sizes) < IN_CACHE):
         return None
     if not selection.of_slices:
         alone = selection.alone(axes)
