@@ -169,6 +169,14 @@ def test_a_layer_that_would_lose_is_dense_or_masked_as_the_policy_says():
     assert first[1].executed == first[1].sparse
 
 
+def test_a_convolution_has_to_promise_more_than_it_would_alone():
+    model = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.Conv2d(128, 4, 1))
+    x = torch.empty(8, 64, 56, 56, device="meta", requires_grad=True)
+    first, _ = fxprop.estimate(model, fxprop.Policy(select="element", keep=0.05), (x,)).layers
+    assert first.status == "dense"
+    assert "predicted 1.2x where 1.3x is asked for" in first.reason
+
+
 def test_a_layer_that_is_smaller_than_the_call_costs_is_left_dense():
     model = nn.Sequential(nn.Conv2d(96, 4, 1), nn.Conv2d(4, 96, 1), nn.Conv2d(96, 4, 1))
     x = torch.empty(8, 96, 1, 1, device="meta")  # of a squeeze and excitation
