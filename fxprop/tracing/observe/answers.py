@@ -18,7 +18,7 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     >>> with Answers() as answers:
     ...     positive = real[real > 0]
-    >>> with FakeTensorMode() as mode, Given(answers):
+    >>> with FakeTensorMode() as mode, Answering(answers):
     ...     fake[fake > 0].shape == positive.shape
     True
     """
@@ -35,7 +35,7 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class Given(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Answering(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers for fake tensors what those cannot: the n-th call of an operator gives what was noted."""
 
     def __init__(self, answers: Answers) -> None:

@@ -28,7 +28,7 @@ from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.module_kinds import is_users
 from fxprop.tracing.observe.account import Account
 from fxprop.tracing.observe.accounting import Observation
-from fxprop.tracing.observe.answers import Answers, Given
+from fxprop.tracing.observe.answers import Answering, Answers
 from fxprop.tracing.observe.flop_formulas import FlopCounter
 from fxprop.tracing.observe.products import describe_product
 from fxprop.tracing.observe.recorder import GraphRecorder, on_gradient
@@ -154,7 +154,7 @@ class Recording:
         return run
 
     def _answered(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._answers is None else Given(self._answers)
+        return contextlib.nullcontext() if self._answers is None else Answering(self._answers)
 
     def _forward(self) -> Any:
         twin, observation = self._twin, self.observation
