@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprop.cli.models.sources import draw_zeros
+
 Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 # ruff: noqa: C408 - keyword arguments read better in the long table
@@ -97,10 +99,7 @@ def timm_case(name: str) -> Case:
     import timm
 
     model = timm.create_model(name).train()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            # a last layer that is zero has no gradient for those in front
-            nn.init.normal_(parameter, std=0.02)
+    draw_zeros(model)
     size = model.default_cfg["input_size"]
     fixed = model.default_cfg.get("fixed_input_size", False) or size[-1] < 200
     return model, (torch.rand(2, *(size if fixed else (3, 128, 128))),), {}

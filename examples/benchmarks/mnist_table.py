@@ -8,12 +8,12 @@ has its best. What is in the file of --out is not run again; several commands ma
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from learning.results import Runs
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -54,19 +54,18 @@ def main():
         totals = report.totals
         shares = {"sparse": totals.sparse / totals.dense, "executed": totals.executed / totals.dense}
         run = {**of, "accuracies": accuracies, "times": times, **shares}
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
+        Runs(args.out).add(run)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     headers = ("gradient", "epochs", "learning rate", "accuracy, %", "mean", "sparse FLOPs")
     headers += ("executed FLOPs", "backward speed", "whole step speed")
-    rows = [row for epochs in args.epochs for row in table(load(args), epochs)]
+    runs = load(args)
+    rows = [row for epochs in args.epochs for row in table(runs, epochs)]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 def load(args):
     """The runs in the file, of this model; of two that are alike the one that came later."""
-    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-    runs = [run for run in map(json.loads, lines) if run["norm after"] == args.norm_after]
+    runs = [run for run in Runs(args.out).runs if run["norm after"] == args.norm_after]
     return list({(run["row"], run["seed"], run["rate"]): run for run in runs}.values())
 
 

@@ -164,8 +164,8 @@ class _Descent:
         """A run of the graphs, and where they do something else than the model did."""
         assert self._inputs is not None
         # what reads values need not run for real twice, unless something seems to be wrong
-        for answers in (model.answers, None) if model.answers is not None else (None,):
-            real = model.real and answers is None
+        ways = ((None, False),) if model.answers is None else ((model.answers, False), (None, True))
+        for answers, real in ways:
             recording = Recording(
                 traced, training, *self._inputs, real=real, answers=answers, compared=True
             )

@@ -83,7 +83,7 @@ def load(source: Source) -> Loaded:
         loaded = _from_torchvision(source)
     of_a_zoo = source.model.startswith(("timm:", "hf:")) or not (suffix or ":" in source.model)
     if source.real and source.weights is None and of_a_zoo:
-        _draw_zeros(loaded.model)
+        draw_zeros(loaded.model)
     if source.weights is not None and _is_weights_file(source.weights):
         _load_weights(loaded.model, Path(source.weights))
     if source.inputs:
@@ -128,14 +128,14 @@ def _with_data(loaded: Loaded) -> Loaded:
     return Loaded(loaded.model, args, kwargs)
 
 
-def _draw_zeros(model: nn.Module) -> None:
+def draw_zeros(model: nn.Module) -> None:
     """Random numbers for matrices that are zero as built: behind them all gradients would be zero.
 
     Among zeros the largest entries are found in no time, and no speed of a training is measured.
     """
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta and not parameter.any():
+            if parameter.dim() > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
 
 

@@ -39,13 +39,11 @@ class CallPattern:
 class Observation:
     """What one run of a model in one mode showed."""
 
-    # whether on real tensors, because the model reads values
-    real: bool = False
     calls: dict[str, list[CallPattern]] = field(default_factory=dict)
     # (module at work, parameter) of every product with a parameter
     products: dict[tuple[str, str], None] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
-    # of a run on real tensors: what it read
+    # of a run on real tensors, because the model reads values: what it read
     answers: Answers | None = None
     # what it changed in Python's objects, and whose random numbers it drew besides torch's, in words
     changes: list[str] = field(default_factory=list)
@@ -100,7 +98,7 @@ def run_observed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, *, real: bool
 ) -> Observation:
     """The same on tensors of one kind; an error of the model's is part of what is observed."""
-    observation = Observation(real=real)
+    observation = Observation()
     twin = Twin(model, args, kwargs, real=real)
     doubtful = frozenset() if real else Reach(model).tells_stand_ins()
 

@@ -109,7 +109,7 @@ class Recording:
         self._answers = answers
         self._run = Run(real=real or answers is not None)
         # the account of the forward, if it is to be held against the model's
-        self.observation = Observation(real=real)
+        self.observation = Observation()
         self._twin = Twin(traced.root, args, kwargs, real=real)
         self._training = training
         self._required = {id(tensor) for tensor in self._twin.required}
