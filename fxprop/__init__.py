@@ -16,7 +16,7 @@ The folders in the order in which a model goes through them; each imports only t
     pipeline/     the stages in their order: transform, estimate, layers, backend
     inspection/   code before and after, one layer explained
     training/     how much is kept over the steps
-    timing/       measured times, and tune
+    timing/       measured times, tune and calibrate
     cli/          the commands
 
 Where is
@@ -27,7 +27,7 @@ Where is
     how batch norm's backward is cut       ops/regions/conv_batch_norm.py, with ops/kernels/batch_norm.py
     which examples enter the backward      compact/choice.py; where the cut lies: compact/cut.py
     which rule decided                     policy/policy.py, `Policy._decide`
-    why a layer was left dense             policy/cost_model.py
+    why a layer was left dense             policy/cost_model.py, by the numbers of policy/machine.py
     what the page shows                    report/forms/page.py, in the words of report/wording.py
 """
 
@@ -43,6 +43,7 @@ from fxprop.pipeline.transform import Transformed, estimate, layers, restore, tr
 from fxprop.policy.files import load_policy
 from fxprop.policy.policy import Policy, Rule
 from fxprop.report.report import Report
+from fxprop.timing.calibrate import calibrate
 from fxprop.timing.measure import measure
 from fxprop.timing.measurement import Measurement
 from fxprop.timing.tune import tune
@@ -62,6 +63,7 @@ __all__ = [
     "Transformed",
     "__version__",
     "backend",
+    "calibrate",
     "code_diff",
     "dump",
     "estimate",

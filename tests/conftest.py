@@ -44,6 +44,8 @@ def pytest_configure(config):
         config.pluginmanager.register(long_tests.Recorder())
     # texts are as wide as where there is no terminal, wherever the tests run
     os.environ.pop("COLUMNS", None)
+    # and predictions are for the usual machine
+    os.environ["FXPROP_MACHINE"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the processes share the cores
 

@@ -122,7 +122,7 @@ def test_import_is_cheap():
 
 
 def test_public_names_exist():
-    assert len(fxprop.__all__) <= 26
+    assert len(fxprop.__all__) <= 27
     for name in fxprop.__all__:
         assert getattr(fxprop, name) is not None
 

@@ -23,6 +23,7 @@ COMMANDS = [
     "explain",
     "dump",
     "bench",
+    "calibrate",
     "fidelity",
     "plan",
     "completion",

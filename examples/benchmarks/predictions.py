@@ -2,10 +2,12 @@
 
 python examples/benchmarks/predictions.py                   # the guide's eight models, keep 0.25 and 0.05
 python examples/benchmarks/predictions.py resnet18 --keep 0.1 --fast
-python examples/benchmarks/predictions.py --table examples/guide/speed.md      # measured: as in the page
+python examples/benchmarks/predictions.py --table examples/guide/speed.md --nth 3  # measured: in the page
 
-Ratios are dense over sparse, of the backward and of the whole step. The last line counts those that are off
-by more than a quarter.
+Predictions are for the machine that `fxprop calibrate` measured, or for the usual one.
+
+Ratios are dense over sparse, of the backward and of the whole step. The last lines count those that are off
+by more than a quarter, and name the machine.
 """
 
 import argparse
@@ -24,9 +26,9 @@ MODELS = (
 )  # fmt: skip
 
 
-def read(table, keeps):
-    """(model, keep) -> (backward, step), of the first table of a page whose headings are keep ratios."""
-    text = Path(table).read_text(encoding="utf-8")
+def read(table, keeps, nth=1):
+    """(model, keep) -> (backward, step), of the nth table of a page whose headings are keep ratios."""
+    text = re.split(r"(?=\| model \|)", Path(table).read_text(encoding="utf-8"))[nth]
     headings = re.search(r"\| model .*", text)[0]
     of_keeps = [float(keep) for keep in re.findall(r"keep ([\d.]+): backward", headings)]
     found = {}
@@ -35,7 +37,7 @@ def read(table, keeps):
         ratios = re.findall(r"([\d.]+)x \([\d.-]+\) / ([\d.]+)x", cells)
         for keep, ratio in zip(of_keeps, ratios, strict=True):
             if keep in keeps:
-                found.setdefault((name, keep), tuple(map(float, ratio)))
+                found[name, keep] = tuple(map(float, ratio))
     return found
 
 
@@ -57,8 +59,7 @@ def measure(name, policy, keeps, batch, size, rounds):
 def expect(name, policy, batch, size):
     with torch.device("meta"):
         model, images = models.get_model(name), torch.empty(batch, 3, size, size)
-    clock = fxprop.estimate(model, policy, (images,)).clock
-    return clock.backward, clock.step
+    return fxprop.estimate(model, policy, (images,)).clock
 
 
 def main():
@@ -70,17 +71,17 @@ def main():
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--fast", action="store_true", help="the fast preset, in place of exact l2 scores")
     parser.add_argument("--table", help="take what was measured from this page, in place of measuring")
+    parser.add_argument("--nth", type=int, default=1, help="which of the page's tables")
     args = parser.parse_args()
     rows, off, all_of = [], 0, 0
     policy = fxprop.Policy.fast if args.fast else exact
-    known = read(args.table, args.keep) if args.table else {}
+    known = read(args.table, args.keep, args.nth) if args.table else {}
     for name in args.models:
         known |= {} if args.table else measure(name, policy, args.keep, args.batch, args.size, args.rounds)
         for keep in args.keep:
             row = [name, f"{keep:g}"]
-            for expected, measured in zip(
-                expect(name, policy(keep), args.batch, args.size), known[name, keep], strict=True
-            ):
+            clock = expect(name, policy(keep), args.batch, args.size)
+            for expected, measured in zip((clock.backward, clock.step), known[name, keep], strict=True):
                 error = expected / measured - 1
                 all_of, off = all_of + 1, off + (abs(error) > 0.25)
                 row += [f"{expected:.2f}x", f"{measured:.2f}x", f"{100 * error:+.0f} %"]
@@ -89,6 +90,7 @@ def main():
     headers = ["model", "keep", *(f"{part}: {of}" for part in ("backward", "step") for of in what)]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
     print(f"\n{off} of {all_of} ratios are off by more than 25 %; torch {torch.__version__}")
+    print(f"expected of {clock.machine}")
 
 
 if __name__ == "__main__":

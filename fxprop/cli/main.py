@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxprop.cli.bench import add_bench
+from fxprop.cli.calibrate import add_calibrate
 from fxprop.cli.code import add_code
 from fxprop.cli.completion import add_completion
 from fxprop.cli.fidelity import add_fidelity
@@ -25,6 +26,7 @@ examples:
   fxprop report resnet50 --format html -o report.html   the same as a page
   fxprop code resnet18 --keep 0.1 --diff                what changes in the code
   fxprop bench resnet50 --keep 0.25 0.1 0.05            what it saves in time
+  fxprop calibrate                                      predicted times for this CPU
   fxprop COMMAND --help                                 options, more examples
 
 exit codes: 0, 1 with one line on standard error, 2 for wrong usage
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_code(commands)
     add_bench(commands)
+    add_calibrate(commands)
     add_fidelity(commands)
     add_completion(commands, parser)
     return parser

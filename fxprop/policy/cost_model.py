@@ -1,30 +1,30 @@
 """Will a sparse backward be faster? A guess from bytes moved and FLOPs, without measuring.
 
 The dense backward is two products; the sparse one is two smaller products, a pass over grad_output for the
-scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; an
-entry that is moved from or to memory costs `ENTRY` of them. Slices of layers that fit in a cache are not
-modelled: what they cost is mostly the calls. The constants are fitted to a 2-core CPU with
-AVX-512 (examples/benchmarks/cost_model.py shows how well); `fxprop.tune` measures instead.
+scores, and the gather and scatter of what is kept. Times are in units of one FLOP of a large product; what
+memory and convolutions take beside it is the machine's (see `machine`). Slices of layers that fit in a
+cache are not modelled: what they cost is mostly the calls. examples/benchmarks/cost_model.py shows how
+well it does; `fxprop.tune` measures instead.
 """
 
 from __future__ import annotations
 
 import math
 
+from fxprop.ops.kernels import few_channels
 from fxprop.ops.selections import SELECTIONS, Sizes
 from fxprop.plan.decisions import Sparsity
 from fxprop.plan.sites import Site
+from fxprop.policy.machine import Machine, machine
 
-# FLOPs in the time that one entry takes between memory and core
-ENTRY = 60.0
 # entries of input, weight and output together that a core's cache holds
 IN_CACHE = 2**18
-# FLOPs of a large product in the time of one FLOP of a depthwise convolution
-DEPTHWISE = 12.0
 # moves of its kept input and grad_input, besides those that a dense one makes too
 DEPTHWISE_GATHER = 18.0
+# channels by which products round up what they compute, on the average
+_ROUNDED = 4.4
 # calls, and kernels that do less well on few channels
-UNMODELLED = 1.15
+UNMODELLED = 1.14
 # what single entries of a convolution have to promise: the loops do less well between other layers
 ENOUGH = 1.3
 
@@ -76,19 +76,21 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
             if needed and k
         ]
         return sum(needs) / sum(apart) if apart else math.inf
-    flops = 2.0 * axes.multiply_adds * (DEPTHWISE if axes.depthwise else 1)
+    here = machine()
+    flops, entry = dense_work(site, here), here.entry
     dense = sparse = moved = 0.0
     gathered: set[float] = set()
-    shares = [k / sparsity.n for k in sparsity.of_each]
-    for needed, share, weight_is_written in zip(needs, shares, (False, True), strict=True):
+    for needed, k, weight_is_written in zip(needs, sparsity.of_each, (False, True), strict=True):
         if not needed:
             continue
-        dense += flops + ENTRY * sum(sizes)
+        share = k / sparsity.n
+        dense += flops + entry * sum(sizes)
         if share == 1:
-            sparse += flops + ENTRY * sum(sizes)
+            sparse += flops + entry * sum(sizes)
         elif share:
-            sparse += share * flops + ENTRY * selection.moved_by_product(sizes, share, axes.depthwise)
-            sparse += 1.5 * ENTRY * sizes.weight * weight_is_written  # zeros first
+            sparse += kept_work(site, sparsity, k, here)
+            sparse += entry * selection.moved_by_product(sizes, share, axes.depthwise)
+            sparse += 1.5 * entry * sizes.weight * weight_is_written  # zeros first
             gathered.add(share)
     # in a region they come with the pass that the norm's or the activation's backward makes
     scored = 0 if sparsity.region or not gathered else selection.scored(axes, sparsity)
@@ -96,8 +98,43 @@ def predicted_speedup(site: Site, sparsity: Sparsity) -> float | None:
         moved += selection.moved_once(sizes, share)
         if axes.depthwise:
             moved += DEPTHWISE_GATHER * share * sizes.input + sizes.input
-    sparse += ENTRY * (scored + moved)
+    sparse += entry * (scored + moved)
     return dense / (UNMODELLED * sparse) if sparse else math.inf
+
+
+def dense_work(site: Site, here: Machine) -> float:
+    """One of the layer's two products, without what it moves."""
+    assert site.axes is not None
+    assert site.axes.multiply_adds is not None
+    if site.axes.depthwise:
+        each = here.depthwise
+    elif not site.op.startswith("conv"):
+        each = 1.0
+    else:
+        each = here.pointwise if _is_pointwise(site) else here.convolution
+    return 2.0 * site.axes.multiply_adds * each
+
+
+def kept_work(site: Site, sparsity: Sparsity, k: int, here: Machine) -> float:
+    """The same for k of n, by the kernels that are run for so few."""
+    dense, share = dense_work(site, here), k / sparsity.n
+    if sparsity.select != "channel":
+        return share * dense
+    rounded = min(1.0, share * (1 + _ROUNDED / k))
+    assert site.axes is not None
+    if site.axes.depthwise or not site.op.startswith("conv"):
+        return rounded * dense
+    if _is_pointwise(site):
+        # by matrix products, as few channels of other convolutions
+        return rounded * dense / here.pointwise
+    if _meets_few_channels(site, k):
+        return rounded * dense / here.convolution
+    return min(1.0, share * few_channels.in_blocks(k) / k) * dense
+
+
+def _meets_few_channels(site: Site, k: int) -> bool:
+    size, out_size = (site.input_shape or ())[2:], (site.output_shape or ())[2:]
+    return site.groups == 1 and size == out_size and few_channels.pays(k, math.prod(size))
 
 
 def _is_pointwise(site: Site) -> bool:

@@ -2,7 +2,7 @@
 
 `cost_model` judges single layers; here is what stands beside them: the forward, norms and activations,
 products without weights, SGD. Times are in the cost model's unit. The constants are fitted to the guide's
-eight models on a 2-core x86 CPU (examples/benchmarks/predictions.py shows how well); what was timed on a
+eight models on three x86 CPUs (examples/benchmarks/predictions.py shows how well); what was timed on a
 machine takes the place of a layer's prediction.
 """
 
@@ -17,24 +17,21 @@ from fxprop.ops.scores import count_of
 from fxprop.ops.selections import SELECTIONS, Sizes
 from fxprop.plan.decisions import Chain, Decision, Plan, Timing
 from fxprop.policy.cost_model import (
-    DEPTHWISE,
     DEPTHWISE_GATHER,
-    ENTRY,
     IN_CACHE,
     UNMODELLED,
+    dense_work,
+    kept_work,
     predicted_speedup,
 )
-
-MACHINE = "2-core x86 CPU, float32"
+from fxprop.policy.machine import Machine, machine
 
 # entries moved for norms, activations, sums and copies, per entry of a layer's larger side
-_BETWEEN_FORWARD, _BETWEEN_BACKWARD = 5.5, 6.0
+BETWEEN_FORWARD, BETWEEN_BACKWARD = 5.0, 6.5
 # share of that which a region needs for the channels that it does not keep
-_REGION = 0.36
+_REGION = 0.52
 # entries moved by SGD per weight
 _OPTIMIZER = 5.5
-# channels by which kernels that work in blocks round up, on the average
-_BLOCK = 10.0
 # choosing examples, and taking and spreading their rows, as a share of the dense backward
 _EXAMPLES = 0.1
 # selections whose products are smaller dense ones
@@ -82,7 +79,8 @@ def predict(
     k, n = examples
     if not plan.rewritten and k == n:
         return None
-    layers = [(d, times) for d in plan.decisions if (times := _layer(d)) is not None]
+    here = machine()
+    layers = [(d, times) for d in plan.decisions if (times := _layer(d, here)) is not None]
     timed = [(times, timing) for d, times in layers if (timing := measured(d)) is not None]
     _put_in_place(timed)
     total = _Times(
@@ -103,7 +101,7 @@ def predict(
         backward=total.dense / sparse,
         step=(rest + total.dense) / (rest + sparse),
         basis="measured" if timed else "predicted",
-        machine=f"this machine's {', '.join(devices)}" if timed else MACHINE,
+        machine=f"this machine's {', '.join(devices)}" if timed else here.name,
         layers_measured=len(timed),
     )
 
@@ -119,7 +117,7 @@ def _put_in_place(timed: Iterable[tuple[_Times, Timing]]) -> None:
         times.dense, times.sparse, times.known = unit * timing.dense, unit * timing.sparse, True
 
 
-def _layer(decision: Decision) -> _Times | None:
+def _layer(decision: Decision, here: Machine) -> _Times | None:
     """A layer with what follows it; None where shapes are not known."""
     site, sparsity = decision.site, decision.sparsity
     shapes = (site.input_shape, site.weight_shape, site.output_shape)
@@ -127,17 +125,17 @@ def _layer(decision: Decision) -> _Times | None:
     if decision.status == "skipped" or axes is None or axes.multiply_adds is None or None in shapes:
         return None
     sizes = Sizes(*(float(math.prod(shape)) for shape in shapes if shape is not None))
-    flops = 2.0 * axes.multiply_adds * (DEPTHWISE if axes.depthwise else 1)
-    product = flops + ENTRY * sum(sizes)
-    larger = ENTRY * max(sizes.input, sizes.output)
+    entry = here.entry
+    product = dense_work(site, here) + entry * sum(sizes)
+    larger = entry * max(sizes.input, sizes.output)
     needs = (site.needs_grad_input, site.needs_grad_weight)
-    between = _BETWEEN_BACKWARD * larger * any(needs)
+    between = BETWEEN_BACKWARD * larger * any(needs)
     dense = product * sum(needs) + between
     times = _Times(
-        forward=product + _BETWEEN_FORWARD * larger,
+        forward=product + BETWEEN_FORWARD * larger,
         dense=dense,
         sparse=dense,
-        optimizer=_OPTIMIZER * ENTRY * sizes.weight * site.needs_grad_weight,
+        optimizer=_OPTIMIZER * entry * sizes.weight * site.needs_grad_weight,
         known=sum(sizes) >= IN_CACHE,
     )
     if not decision.reached:
@@ -152,23 +150,21 @@ def _layer(decision: Decision) -> _Times | None:
     if sparsity.select not in _SLICES:
         speedup = predicted_speedup(site, sparsity)
         computed = sum(needed and k > 0 for k, needed in zip(sparsity.of_each, needs, strict=True))
-        masked = product * computed + ENTRY * selection.moved_once(sizes, share)
+        masked = product * computed + entry * selection.moved_once(sizes, share)
         times.sparse = between + (masked if speedup is None else product * sum(needs) / speedup)
         return times
     of_all = (_read_by(sparsity.chain, site.input_shape), 1.0)
     for needed, reads, k in zip(needs, of_all, sparsity.of_each, strict=True):
         if needed and k:
-            part = k / sparsity.n
-            done = min(1.0, part * (1 + _BLOCK / k)) if sparsity.select == "channel" else part
-            moved = ENTRY * selection.moved_by_product(sizes, part, axes.depthwise)
-            times.sparse += reads * done * flops + moved - product
+            moved = entry * selection.moved_by_product(sizes, k / sparsity.n, axes.depthwise)
+            times.sparse += reads * kept_work(site, sparsity, k, here) + moved - product
         elif needed:
             times.sparse -= product
     scored = 0 if sparsity.region else selection.scored(axes, sparsity)
     once = selection.moved_once(sizes, share) + 1.5 * sizes.weight * (needs[1] and sparsity.of_each[1] > 0)
     if axes.depthwise:
         once += DEPTHWISE_GATHER * share * sizes.input + sizes.input
-    alone = times.sparse - between + ENTRY * (scored + once)
+    alone = times.sparse - between + entry * (scored + once)
     if sparsity.region:
         between *= _REGION + (1 - _REGION) * share
     times.sparse = UNMODELLED * alone + between

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fxprop.ops.entries import available
 from fxprop.ops.selections import SELECTIONS
+from fxprop.policy.machine import USUAL
 from fxprop.report import learning
 from fxprop.report.by_module import Column, Row
 from fxprop.report.records import Layer, ReportData
@@ -69,7 +70,10 @@ def on_the_clock(report: ReportData) -> str:
             "FLOPs are not time. Layers this small are not predicted on the clock; fxprop bench measures."
         )
         return unknown if report.totals.saving else ""
-    basis = f"predicted for a {clock.machine}, with SGD; fxprop bench measures"
+    basis = f"predicted for {clock.machine}, with SGD; fxprop bench measures"
+    if clock.machine == USUAL.name:
+        yours = "fxprop calibrate makes it yours, fxprop bench measures"
+        basis = f"predicted for a {USUAL.name}, with SGD; {yours}"
     if clock.layers_measured:
         basis = (
             f"{clock.layers_measured} layers timed on {clock.machine}, the rest of the model predicted; "

@@ -152,6 +152,7 @@ METHODS["element-5"] = with_policy(keep=0.05, select="element")
 METHODS["frozen-2"] = frozen("stem", "stage1")
 METHODS["frozen-2-auto"] = frozen("stem", "stage1", then=with_examples("auto"))
 METHODS["frozen-3"] = frozen("stem", "stage1", "stage2")
+METHODS["frozen-3-auto"] = frozen("stem", "stage1", "stage2", then=with_examples("auto"))
 
 
 @method("recommended")

@@ -31,16 +31,26 @@ def applies(grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int
     Only where output and input are of one size: elsewhere there would be more to compute. Half types are
     left to the convolution kernels, which accumulate in float32; other devices because it was not measured.
     """
-    # not by math.ceil, which torch.compile does not take of a free size
-    worked = -(-len(weight) // _BLOCK) * _BLOCK
     return (
         groups == 1
         and input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
         and all(step == 1 for step in stride)
         and grad_output.shape[2:] == input.shape[2:]
-        and 10 * worked >= len(weight) * (_WASTE if math.prod(input.shape[2:]) >= _SMALL else _WASTE_SMALL)
+        and pays(len(weight), math.prod(input.shape[2:]))
     )
+
+
+def pays(channels: int, positions: int) -> bool:
+    """Whether so many channels of an image are faster by products than in blocks of the convolution's."""
+    waste = _WASTE if positions >= _SMALL else _WASTE_SMALL
+    return 10 * in_blocks(channels) >= channels * waste
+
+
+def in_blocks(channels: int) -> int:
+    """How many channels the convolution kernels compute for so many."""
+    # not by math.ceil, which torch.compile does not take of a free size
+    return -(-channels // _BLOCK) * _BLOCK
 
 
 def gradients(
