@@ -44,6 +44,10 @@ def make_net():
     )
 
 
+def no_batches():
+    return []
+
+
 def float_batches():
     return [(x.float(), y) for x, y in batches()]
 
@@ -207,12 +211,19 @@ def test_command(capsys, tmp_path):
     assert (tmp_path / "f.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.parametrize("command", ["fidelity", "plan"])
+def test_the_inputs_shape_is_that_of_the_batches(capsys, command):
+    assert cli.main([command, f"{HERE}make_float_mlp", "--batches", f"{HERE}float_batches", "-q"]) == 0
+    assert capsys.readouterr().out.startswith("Sequential: ")
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
         ("nowhere:f", "cannot import nowhere"),
         (f"{HERE}make_mlp", "expected pairs"),
         (f"{HERE}x", "has no 'x'"),
+        (f"{HERE}no_batches", "it gives none"),
     ],
 )
 def test_command_says_what_is_wrong_with_batches(capsys, batches, message):

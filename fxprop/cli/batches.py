@@ -27,18 +27,31 @@ def add_batches_options(parser: argparse.ArgumentParser) -> None:
         "--batches",
         metavar="PACKAGE.MODULE:NAME",
         help="a function without arguments that gives mini-batches, pairs of input and labels (default: "
-        "random numbers of the shape of the input, and the mean square of the outputs for a loss)",
+        "random numbers of the shape of the input, and the mean square of the outputs for a loss); their "
+        "shape is --input's default",
     )
     parser.add_argument("--loss", choices=tuple(_LOSSES), default="cross_entropy", help="with --batches")
     parser.add_argument("--count", type=positive, default=4, help="mini-batches, at most (default 4)")
 
 
+def read_batches(args: argparse.Namespace) -> list[Any] | None:
+    """Those of the user's function; then inputs of their shape are the model's, unless --input is given."""
+    if args.batches is None:
+        return None
+    batches = _batches(args)
+    first = batches[0][0]
+    if not args.input and isinstance(first, Tensor):
+        dtype = str(first.dtype).removeprefix("torch.")
+        args.input = [f"{'x'.join(map(str, first.shape))}:{dtype}"]
+    return batches
+
+
 def batches_and_loss(
-    args: argparse.Namespace, inputs: Any, kwargs: Mapping[str, Any]
+    args: argparse.Namespace, batches: list[Any] | None, inputs: Any, kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], Callable[[nn.Module, Any], Tensor]]:
-    """What the options say, as `fxprop.fidelity` takes it."""
-    if args.batches is not None:
-        return _batches(args), functools.partial(_labelled, _LOSSES[args.loss])
+    """The user's, or random numbers, as `fxprop.fidelity` takes it."""
+    if batches is not None:
+        return batches, functools.partial(_labelled, _LOSSES[args.loss])
     given = tuple(inputs or ()), dict(kwargs)
     return [tree_map(_another, given) for _ in range(max(args.count, 2))], _mean_square
 
@@ -66,6 +79,8 @@ def _batches(args: argparse.Namespace) -> list[Any]:
         batches = list(itertools.islice(make() if callable(make) else make, args.count))
     except Exception as error:
         raise CommandError(f"--batches {args.batches}: {type(error).__name__}: {error}") from error
+    if not batches:
+        raise CommandError(f"--batches {args.batches}: expected mini-batches, and it gives none")
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise CommandError(f"--batches {args.batches}: expected pairs of input and labels")

@@ -44,14 +44,14 @@ def _calibrate(args: argparse.Namespace) -> str:
     here = calibrate(rounds=args.rounds, progress=shows_progress(args))
     rows = [(what, f"{getattr(here, of):.3g}", f"{getattr(USUAL, of):g}") for of, what in _WHAT.items()]
     file = machines_file()
-    kept = f"Written to {file}:" if file else f"Not kept, since {VARIABLE} is empty; otherwise"
+    kept = f"Written to {file}" if file else f"Not kept, since {VARIABLE} is empty"
     return "\n".join(
         [
             here.name,
             "",
             tabulate(rows, ("in the time of one FLOP of a large product", "here", "usual")),
             "",
-            f"{kept} predicted times and when='faster' go by this",
-            f"wherever torch runs with {torch.get_num_threads()} threads on such a CPU.",
+            kept,
+            f"Predicted times and when='faster' go by what is kept for {torch.get_num_threads()} threads.",
         ]
     )

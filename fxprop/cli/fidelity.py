@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from fxprop.cli.batches import add_batches_options, batches_and_loss
+from fxprop.cli.batches import add_batches_options, batches_and_loss, read_batches
 from fxprop.cli.options import (
     add_model_options,
     add_policy_options,
@@ -76,8 +76,10 @@ def add_fidelity(commands: Any) -> None:
 
 
 def _fidelity(args: argparse.Namespace) -> str:
+    given = read_batches(args)
+
     def compare(model: nn.Module, policy: Policy, inputs: Any, **options: Any) -> str:
-        batches, loss = batches_and_loss(args, inputs, options["example_kwargs"])
+        batches, loss = batches_and_loss(args, given, inputs, options["example_kwargs"])
         gm = transform(model, policy, inputs, **options).module
         found = fidelity(gm, batches, loss, progress=shows_progress(args))
         if args.plot is not None:
@@ -92,8 +94,10 @@ def _fidelity(args: argparse.Namespace) -> str:
 
 
 def _plan(args: argparse.Namespace) -> str:
+    given = read_batches(args)
+
     def find(model: nn.Module, inputs: Any, **options: Any) -> str:
-        batches, loss = batches_and_loss(args, inputs, options["example_kwargs"])
+        batches, loss = batches_and_loss(args, given, inputs, options["example_kwargs"])
         gm = transform(model, 1.0, inputs, **options).module
         found = recommend(
             *(gm, batches, loss),

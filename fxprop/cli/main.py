@@ -26,7 +26,7 @@ examples:
   fxprop report resnet50 --format html -o report.html   the same as a page
   fxprop code resnet18 --keep 0.1 --diff                what changes in the code
   fxprop bench resnet50 --keep 0.25 0.1 0.05            what it saves in time
-  fxprop calibrate                                      predicted times for this CPU
+  fxprop calibrate                                      predict for this CPU
   fxprop COMMAND --help                                 options, more examples
 
 exit codes: 0, 1 with one line on standard error, 2 for wrong usage
