@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,22 +106,22 @@ class Recommendation:
         """The table, in one of tabulate's formats; not `judged`, without progress."""
         if not judged:
             return self._speeds(style)
-        headers = ("plan", "speed of a step", "progress", "per second", "")
+        headers = ("plan", "speed of\na step", "progress", "per\nsecond", "")
         rows = [self._row(candidate) for candidate in self.tried]
         chosen = [c.name for c in self.tried if self._takes(c)]
         lines = (
             f"{self.model}: {' with '.join(chosen)}",
             "",
-            tabulate(rows, headers, tablefmt=style, disable_numparse=True),
+            _tabulate(rows, headers, style),
             "",
-            "Dense = 1. progress: of a small step along the plan's gradient, on another mini-batch.",
-            "The same progress takes 1 / (progress per second) of the time of dense training.",
+            "Dense = 1. progress: of a small step along the plan's gradient, on another",
+            "mini-batch. The same progress takes 1 / (progress per second) of dense's time.",
             *([] if self.budget is None else [str(self.budget)]),
         )
         return "\n".join(lines)
 
     def _speeds(self, style: str) -> str:
-        headers = ("plan", "speed of a step", "pays where progress is above", "")
+        headers = ("plan", "speed of\na step", "pays where\nprogress is above", "")
         rows = [
             [c.name, f"{c.speed:.2f}x", f"{1 / c.speed:.2f}", c.why]
             if c.speed
@@ -130,7 +132,7 @@ class Recommendation:
             (
                 f"{self.model}: speeds alone, on random numbers; --batches measures progress",
                 "",
-                tabulate(rows, headers, tablefmt=style, disable_numparse=True),
+                _tabulate(rows, headers, style),
                 *([] if self.budget is None else ["", str(self.budget)]),
             )
         )
@@ -147,3 +149,24 @@ class Recommendation:
         taken = "taken" if self._takes(candidate) else ""
         words = ": ".join(part for part in (taken, candidate.why) if part)
         return [candidate.name, *numbers, words]
+
+
+def _tabulate(rows: Sequence[Sequence[str]], headers: Sequence[str], style: str) -> str:
+    """Plans, each with the reason behind it; "simple", for a terminal of 80 columns, has these below."""
+    if style != "simple":
+        headers = [header.replace("\n", " ") for header in headers]
+        return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
+    table = tabulate(
+        [row[:-1] for row in rows],
+        headers[:-1],
+        tablefmt=style,
+        disable_numparse=True,
+        maxcolwidths=[42, *[None] * (len(headers) - 2)],
+    )
+    words = [
+        # paths stay whole
+        textwrap.fill(f"{name}: {why}", 80, subsequent_indent="  ", break_long_words=False)
+        for name, *_, why in rows
+        if why
+    ]
+    return "\n".join((table, *(["", *words] if words else [])))
