@@ -87,7 +87,7 @@ def test_what_was_timed_is_not_timed_again(monkeypatch):
 
 
 def test_a_checkpoint_has_the_plan_and_nothing_is_measured(speeds, monkeypatch):  # noqa: F811
-    speeds.update(frozen=100.0, least=2.0)
+    speeds.update(frozen=100.0, auto=100.0, least=200.0)
     gm, scheduler = scheduled(freeze=True)
     before = scheduler.state_dict()
     assert before["plan"] is None

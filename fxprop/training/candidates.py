@@ -188,8 +188,9 @@ def _by_gain(
     return [site for _, site in sorted(gains, key=lambda gain: -gain[0])]
 
 
-def of_examples(compared: Compared, clock: StepClock) -> Candidate:
-    policy = replace(compared.dense, examples="auto")
+def of_examples(compared: Compared, clock: StepClock, best: Candidate) -> Candidate:
+    """Part of the mini-batch, beside the plan that was found best: its speed is against that one's."""
+    policy = replace(best.policy, examples="auto")
     name = 'examples="auto"'
     examined = compared.recipe.examined
     if examined is not None and examined.off:
@@ -202,12 +203,16 @@ def of_examples(compared: Compared, clock: StepClock) -> Candidate:
             assert choice is not None
             count = len(next(iter(_tensors(compared.batches[0]))))
             share = choice.count(count) / count
-        now = clock.speed(policy).median
-        least = clock.speed(replace(policy, examples=policy.examples_least)).median
+        alone = best.speed or 1.0
+        now = clock.speed(policy, best.frozen).median / alone
+        least_kept = replace(policy, examples=policy.examples_least)
+        least = clock.speed(least_kept, best.frozen).median / alone
     except ExamplesError as error:
         return Candidate(name, policy, speed=None, why=str(error))
     accepted = now >= _AUTO_COSTS and least >= _AUTO_SAVES
     why = f"keeps {share:.0%} now; at its least share, {policy.examples_least:.0%}, {least:.2f}x as fast"
+    if best.name != "dense":
+        why = f"beside the plan that is taken (1.00x here): {why}"
     return Candidate(
         name, compared.dense, speed=now, progress=1.0, why=why, accepted=accepted, stands_alone=False
     )

@@ -69,7 +69,7 @@ def recommend(
             share also for the weights' gradients alone (keep_weight), whose errors go nowhere;
         examples="auto": unbiased, so its progress is that of all, and its share follows the spread of the
             examples' gradients; taken where it costs nothing as long as it keeps all, and saves time at
-            its least share;
+            its least share, both beside the best of the other plans;
         with `freeze`, the model without its first parts.
     What is worth no more than dense is not taken. Measured again in the course of training, by another
     call, nothing is traced again.
@@ -112,8 +112,8 @@ def find_plan(
         cost = 0.0
         if limit is not None:
             best, cost = limit.spend(compared, dense, clock, candidates, best)
-        # which goes with any of them
-        examples = plans.of_examples(compared, clock)
+        # which goes with any of them, but saves less where little is left of the backward
+        examples = plans.of_examples(compared, clock, best)
         candidates.append(examples)
     policy = best.policy
     takes_auto = examples.accepted and not policy.takes_examples

@@ -18,6 +18,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 # shares of the budget at which the test loss is measured, on the first of the test examples
 MOMENTS = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
 CURVE_EXAMPLES = 1000
+# mini-batches that a method may plan by, and examples in them, at least
+_BATCHES, _EXAMPLES = 6, 256
 # share of the budget in which the learning rate rises
 _RISE = 0.05
 
@@ -83,7 +85,7 @@ def run(
     start = now()
     model = task.make_model().train()
     first = task.train.stream(batch, torch.Generator().manual_seed(seed + 1))
-    batches = list(itertools.islice(first, 6))
+    batches = list(itertools.islice(first, max(_BATCHES, _EXAMPLES // batch)))
     method = METHODS[name](model, Setting(batches, loss_of, now, task.pretrained))
     warm_up(method, task, batch)
     setup, planned = now() - start, method.planning
