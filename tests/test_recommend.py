@@ -162,15 +162,15 @@ def test_a_plan_of_layers_goes_with_examples(speeds):
 
 
 def test_examples_are_judged_beside_the_plan_that_is_taken(speeds):
-    speeds.update(frozen=3.0, auto=3.0, least=3.2)  # 1.07x of the plan's speed: much against dense alone
+    speeds.update(frozen=3.0, auto=3.0, least=3.6)  # 1.2x of the plan's speed: much against dense alone
     _, plan = planned(freeze=True)
     assert plan.best.frozen
     assert not plan.policy.takes_examples
     (row,) = [c for c in plan.tried if "auto" in c.name]
     assert row.speed == pytest.approx(1.0)
     assert "beside the plan that is taken" in row.why
-    assert "1.07x as fast" in row.why
-    speeds["least"] = 3.6
+    assert "1.20x as fast" in row.why
+    speeds["least"] = 4.2
     assert planned(freeze=True)[1].policy.examples == "auto"
 
 

@@ -30,8 +30,9 @@ from fxprop.training.recommendation import Candidate
 # kept shares of channels, and of the layers that save time those that are tried together, the best first
 _SHARES = (0.5, 0.25)
 _PARTS = (0.25, 0.5, 1.0)
-# what "auto" may cost while it still keeps all, and what it has to save where it keeps its least
-_AUTO_COSTS, _AUTO_SAVES = 0.93, 1.1
+# what "auto" may cost while it still keeps all, and what it has to save where it keeps its least: its
+# gradients vary about twice as much, as those of half as large mini-batches
+_AUTO_COSTS, _AUTO_SAVES = 0.93, 1.3
 # of the progress, what a model without its first parts must still make: more than a step ahead is not seen
 LEAST_LEFT = 0.5
 

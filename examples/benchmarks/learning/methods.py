@@ -157,12 +157,17 @@ METHODS["frozen-3-auto"] = frozen("stem", "stage1", "stage2", then=with_examples
 
 @method("recommended")
 def recommended(model: nn.Module, of: Setting) -> Method:
-    """By fxprop.recommend: at once, or in fine-tuning after a tenth of the budget."""
+    """By fxprop.recommend: at once, or in fine-tuning after a tenth of the budget for a new head alone."""
     gm, _ = fxprop.transform(model, 1.0, (of.x,))
     made = Method(gm)
+    others = [p for name, p in gm.named_parameters() if of.pretrained and not name.startswith("head.")]
+    for parameter in others:
+        parameter.requires_grad_(False)
 
     def plan() -> None:
         start = of.now()
+        for parameter in others:
+            parameter.requires_grad_(True)
         batches, loss = of.batches, of.loss
         plan = fxprop.recommend(gm, batches, lambda gm, b: loss(gm(b[0]), b[1]), freeze=of.pretrained)
         made.remark = str(plan).partition("\n")[0].partition(": ")[2]

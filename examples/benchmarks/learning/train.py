@@ -45,7 +45,8 @@ def evaluate(module: nn.Module, data: Images | Text) -> tuple[float, float]:
 
 
 def optimizer_of(task: Task, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    # those that get no gradient are left alone
+    parameters = list(module.parameters())
     if task.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01)
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)
