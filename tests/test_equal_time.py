@@ -92,9 +92,30 @@ def test_frozen_parts_get_no_gradient():
     model = methods.METHODS["frozen-2"](tasks.GlyphNet(3), setting(tiny())).module
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "stage1"}
-    assert len(train.optimizer_of(tiny(), model, 0.1).param_groups[0]["params"]) == sum(
-        p.requires_grad for p in model.parameters()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = train.optimizer_of(tiny(), model, 0.1)
+    model(torch.randn(4, 1, 32, 32)).sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert not {name for name in moved if name.split(".")[0] in frozen}
+
+
+def test_a_new_head_is_trained_alone_before_the_plan(monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        fxprop,
+        "recommend",
+        lambda gm, *_, **__: trained.append([p.requires_grad for p in gm.parameters()]) or "Net: dense",
     )
+    model = tasks.GlyphNet(3)
+    made = methods.METHODS["recommended"](model, setting(tasks.starting_from(tiny(), {})))
+    names = [name for name, p in made.module.named_parameters() if p.requires_grad]
+    assert names == ["head.weight", "head.bias"]
+    made.at(0.05)
+    assert not trained
+    made.at(0.1)
+    assert all(trained[0])
 
 
 def test_planning_is_no_part_of_the_budget(clock, monkeypatch):

@@ -160,7 +160,9 @@ def recommended(model: nn.Module, of: Setting) -> Method:
     """By fxprop.recommend: at once, or in fine-tuning after a tenth of the budget for a new head alone."""
     gm, _ = fxprop.transform(model, 1.0, (of.x,))
     made = Method(gm)
-    others = [p for name, p in gm.named_parameters() if of.pretrained and not name.startswith("head.")]
+    *_, last = (name for name, _ in gm.named_parameters())
+    head = last.rpartition(".")[0] + "."
+    others = [p for name, p in gm.named_parameters() if of.pretrained and not name.startswith(head)]
     for parameter in others:
         parameter.requires_grad_(False)
 
