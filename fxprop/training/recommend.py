@@ -47,12 +47,12 @@ def recommend(
     Args:
         gm: what `fxprop.transform` returned, also wrapped as for `fxprop.fidelity`, in training mode; its
             policy does not matter.
-        batches: mini-batches of the size to be trained with, at least two; of four or more progress is
-            known better.
+        batches: mini-batches of the size to be trained with, at least two; of four or more, and of 256
+            examples together, progress is known better.
         loss: the loss of the module on a mini-batch, a tensor with one value.
-        freeze: for fine-tuning, once a new head has settled (some tens of steps): also try to train without
-            the first parts of the model, whose parameters then require no gradient any more. What is left
-            must make half of the progress.
+        freeze: for fine-tuning, once a new head has settled (some tens of steps of it alone): also try to
+            train without the first parts of the model, whose parameters then require no gradient any more.
+            What is left must make half of the progress.
         budget: what the plan may cost, 0 to 1: of a dense step's time, forward to backward, as measured
             here, or with budget_of="flops" of the dense backward's FLOPs. Of the plans within it the one
             with most progress per second is taken, even if dense makes more; where none is, fewer examples
