@@ -162,6 +162,20 @@ def test_a_1x1_convolution_is_computed_by_products():
     assert cost.dense_work(site, fast) == pytest.approx(cost.dense_work(site, USUAL) / 2)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: nn.Conv2d(64, 64, 1, groups=2), lambda: nn.ConvTranspose2d(64, 64, 1)],
+    ids=["groups", "transposed"],
+)
+def test_other_1x1_convolutions_are_computed_by_their_kernels(layer):
+    site = sites(layer, (8, 64, 56, 56))[0]
+    fast = Machine("fast convolutions", pointwise=0.5)
+    n = site.n("channel")
+    assert cost.kept_work(site, Sparsity(16, n), 16, fast) == pytest.approx(
+        cost.dense_work(site, fast) * 16 / n
+    )
+
+
 def test_the_command(file, small, capsys):
     threads = torch.get_num_threads()
     try:

@@ -124,17 +124,14 @@ def kept_work(site: Site, sparsity: Sparsity, k: int, here: Machine) -> float:
     assert site.axes is not None
     if site.axes.depthwise or not site.op.startswith("conv"):
         return rounded * dense
-    if _is_pointwise(site):
-        # by matrix products, as few channels of other convolutions
-        return rounded * dense / here.pointwise
-    if _meets_few_channels(site, k):
-        return rounded * dense / here.convolution
+    if site.groups == 1 and not site.op.startswith("conv_transpose"):
+        if _is_pointwise(site):
+            # by matrix products, as few channels of other convolutions
+            return rounded * dense / here.pointwise
+        size, out_size = (site.input_shape or ())[2:], (site.output_shape or ())[2:]
+        if size == out_size and few_channels.pays(k, math.prod(size)):
+            return rounded * dense / here.convolution
     return min(1.0, share * few_channels.in_blocks(k) / k) * dense
-
-
-def _meets_few_channels(site: Site, k: int) -> bool:
-    size, out_size = (site.input_shape or ())[2:], (site.output_shape or ())[2:]
-    return site.groups == 1 and size == out_size and few_channels.pays(k, math.prod(size))
 
 
 def _is_pointwise(site: Site) -> bool:
