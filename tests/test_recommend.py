@@ -3,6 +3,7 @@
 import json
 import math
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,6 +173,25 @@ def test_examples_are_judged_beside_the_plan_that_is_taken(speeds):
     assert "1.20x as fast" in row.why
     speeds["least"] = 4.2
     assert planned(freeze=True)[1].policy.examples == "auto"
+
+
+def test_examples_take_the_place_of_channels_where_both_together_do_not_pay(speeds, monkeypatch):
+    judge, beside = planner.of_examples, []
+
+    def of_examples(compared, clock, best):
+        beside.append(best.name)
+        return replace(judge(compared, clock, best), accepted=best.name == "dense")
+
+    monkeypatch.setattr(planner, "of_examples", of_examples)
+    speeds["channels"] = 100.0
+    _, plan = planned()
+    assert "channels of" in beside[0]
+    assert beside[1:] == ["dense"]
+    assert plan.best.name == "dense"
+    assert plan.policy.examples == "auto"
+    assert str(plan).startswith('Sequential: examples="auto"\n')
+    # a budget may want the channels all the same
+    assert planned(budget=0.5)[1].policy.examples != "auto"
 
 
 def test_progress_of_a_prefix_is_that_of_the_rest(speeds):

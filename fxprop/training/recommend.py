@@ -69,7 +69,7 @@ def recommend(
             share also for the weights' gradients alone (keep_weight), whose errors go nowhere;
         examples="auto": unbiased, so its progress is that of all, and its share follows the spread of the
             examples' gradients; taken where it costs nothing as long as it keeps all, and saves time at
-            its least share, both beside the best of the other plans;
+            its least share, both beside the best of the other plans, or else in place of one of channels;
         with `freeze`, the model without its first parts.
     What is worth no more than dense is not taken. Measured again in the course of training, by another
     call, nothing is traced again.
@@ -114,6 +114,12 @@ def find_plan(
             best, cost = limit.spend(compared, dense, clock, candidates, best)
         # which goes with any of them, but saves less where little is left of the backward
         examples = plans.of_examples(compared, clock, best)
+        everything, of_channels = candidates[0], best is not candidates[0] and not best.frozen
+        if limit is None and of_channels and not examples.accepted:
+            # of two that do not pay together the one without a bias: plans of channels have lost to it
+            alone = plans.of_examples(compared, clock, everything)
+            if alone.accepted:
+                best, examples = everything, alone
         candidates.append(examples)
     policy = best.policy
     takes_auto = examples.accepted and not policy.takes_examples
