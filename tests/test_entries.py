@@ -16,6 +16,7 @@ pytest.importorskip(
 )
 
 from fxprop.ops.entries import product_loops, products, select
+from fxprop.ops.entries.rooms import Rooms
 
 pytestmark = pytest.mark.usefixtures("whatever_is_set")
 
@@ -50,15 +51,17 @@ def test_shapes_that_are_drawn_by_the_loops(monkeypatch, operator):
 
 
 def test_the_comparison_notices_a_loop_that_leaves_an_entry_out(forced, monkeypatch):
-    add_products = product_loops.add_products
+    add_to_rows = product_loops.add_to_rows
 
     def lazy(*args):
-        return add_products(*args[:11], args[11] - 1, *args[12:])
+        starts = args[9].copy()
+        starts[:, -1] -= 1
+        return add_to_rows(*args[:9], starts, *args[10:])
 
     operator = next(operator for operator in with_loops if operator.name == "linear")
     keywords = {"select": "element", "score": "l1", "score_fraction": 1.0}
     check(operator, operator.samples[0], torch.float64, 3, **keywords)
-    monkeypatch.setattr(product_loops, "add_products", lazy)
+    monkeypatch.setattr(product_loops, "add_to_rows", lazy)
     with pytest.raises(AssertionError, match="not close"):
         check(operator, operator.samples[0], torch.float64, 3, **keywords)
 
@@ -211,3 +214,16 @@ def test_the_first_call_is_told_of(caplog, forced, monkeypatch):
     assert [record.message for record in caplog.records] == [
         "fxprop: compiling the loops over kept entries for torch.float32, unless they are kept on disk"
     ]
+
+
+def test_memory_is_used_again_by_later_calls_alone():
+    with Rooms() as rooms:
+        first, second = (rooms.take(size, torch.float32) for size in (100, 200))
+        assert first.data_ptr() != second.data_ptr()
+    with Rooms() as rooms:
+        again = {rooms.take(50, torch.float64).data_ptr(), rooms.take(50, torch.float64).data_ptr()}
+        assert again == {first.data_ptr(), second.data_ptr()}
+        large = rooms.take(2**24, torch.float32)
+    with Rooms() as rooms:
+        # it would be held for good
+        assert all(rooms.take(1, torch.float32).data_ptr() != large.data_ptr() for _ in range(9))

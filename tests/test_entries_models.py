@@ -88,14 +88,31 @@ def test_torch_accepts_the_operator(call, layout, k):
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_the_report_counts_what_the_loops_multiply(forced, monkeypatch, padding):
-    counted, add_products = [], product_loops.add_products
+    counted = []
 
-    def counting(*args):
-        lengths, first, last = args[8], args[10], args[11]
-        counted.append(int(lengths.sum()) * int(last - first))
-        return add_products(*args)
+    def count(name, lengths_and_entries):
+        loop = getattr(product_loops, name)
 
-    monkeypatch.setattr(product_loops, "add_products", counting)
+        def counting(*args):
+            lengths, entries = lengths_and_entries(*args)
+            counted.append(int(lengths.sum()) * int(entries.sum()))
+            return loop(*args)
+
+        monkeypatch.setattr(product_loops, name, counting)
+
+    def of_rows(lengths, starts, first, last):
+        return lengths, starts[:, last] - starts[:, first]
+
+    def of_moved_rows(*args):
+        return of_rows(args[5][6], args[5][8], *args[6:8])
+
+    def of_moved_examples(*args):
+        first, last = args[9:11]
+        return args[5][7], args[8][first:last] - args[7][first:last]
+
+    count("add_to_rows", lambda *args: of_rows(args[7], *args[9:12]))
+    count("add_and_move_rows", of_moved_rows)
+    count("add_and_move_examples", of_moved_examples)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 96, 3, padding=padding),

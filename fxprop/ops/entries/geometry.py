@@ -136,15 +136,3 @@ def _kind(places: NDArray[np.int64], taps: list[tuple[int, int]], channels: int,
             pieces.append([start, row, channels])
     in_input, in_weight, lengths = np.array(pieces, np.uint64).T.copy()
     return Kind(places, in_input, in_weight, lengths)
-
-
-def split(kind: Kind, longest: int) -> list[Kind]:
-    """The kind's pieces, cut where they are longer, in lists that are not longer together."""
-    lists: list[list[tuple[int, int, int]]] = [[]]
-    for in_input, in_weight, length in zip(kind.in_input, kind.in_weight, kind.lengths, strict=True):
-        for begin in range(0, int(length), longest):
-            size = min(longest, int(length) - begin)
-            if lists[-1] and sum(of[2] for of in lists[-1]) + size > longest:
-                lists.append([])
-            lists[-1].append((int(in_input) + begin, int(in_weight) + begin, size))
-    return [Kind(kind.places, *np.array(pieces, np.uint64).T.copy()) for pieces in lists]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,60 +13,94 @@ from torch import Tensor
 
 from fxprop.ops.entries import product_loops as loops
 from fxprop.ops.entries.geometry import Geometry
+from fxprop.ops.entries.rooms import Rooms
 from fxprop.ops.entries.threads import ranges, run, tasks
-from fxprop.ops.entries.vectors import VECTOR
 from fxprop.ops.kernels.layout import lies_channels_last
 
 
-def zeros(size: int, like: Tensor) -> Tensor:
-    """So many zeros, where a vector may begin; written by whoever comes to them first."""
-    dtype = like.numpy().dtype
-    raw = np.zeros(size + VECTOR // dtype.itemsize, dtype)
-    begin = -raw.ctypes.data % VECTOR // dtype.itemsize
-    return torch.from_numpy(raw[begin : begin + size])
+class Layout(NamedTuple):
+    """Where the numbers [N, C, *spatial] lie that the loops have as [N, *padded size, C]."""
+
+    # how far apart examples, positions and channels are
+    apart: tuple[int, int, int]
+    channels: int
+    # [positions]: where they are among those of the padded size
+    places: NDArray[np.uint64]
+    # positions of the padded size
+    size: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, of: Geometry) -> Layout:
+        """Of a tensor that is `known`."""
+        _, channels, *spatial = tensor.shape
+        apart = _strides(tensor)
+        assert apart is not None
+        return cls(apart, channels, _inside(of, spatial), math.prod(of.size))
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether they lie as the loops have them."""
+        return len(self.places) == self.size and self.apart[2] == 1
+
+    @property
+    def from_one_row(self) -> tuple[Any, ...]:
+        """What `move` is given to move single rows here, one after the other in the same place."""
+        return self._here, (*_numbers(0, self.channels, 1), False), np.uint64(self.channels), self.places
+
+    def move(self, here: NDArray[Any], rows: NDArray[Any], to_rows: bool) -> None:
+        """All that is here to the rows, or back."""
+        example, of_rows = self.size * self.channels, _numbers(self.size * self.channels, self.channels, 1)
+        if to_rows:
+            ends: tuple[Any, ...] = (here, (*self._here, True), rows, of_rows)
+        else:
+            ends = (rows, (*of_rows, False), here, self._here)
+        move = functools.partial(loops.move, *ends, np.uint64(self.channels), self.places)
+        run([functools.partial(move, *part) for part in ranges(len(rows) // example, tasks())])
+
+    @property
+    def _here(self) -> tuple[Any, ...]:
+        return _numbers(*self.apart)
 
 
-def empty(size: int, like: Tensor) -> Tensor:
-    """So many numbers, whatever is there."""
-    return torch.empty(size, dtype=like.dtype)
+def _numbers(*values: int) -> tuple[Any, ...]:
+    return tuple(map(np.uint64, values))
 
 
-def to_rows(tensor: Tensor, of: Geometry) -> Tensor:
-    """[N, C, *spatial] as the flat [N, *padded size, C]; its own memory if it lies so."""
-    examples, channels, *spatial = tensor.shape
-    positions, places = math.prod(spatial), math.prod(of.size)
-    strides = _strides(tensor, positions)
-    if strides is None:
-        tensor = tensor.contiguous()
-        strides = (channels * positions, 1, positions)
-    if tuple(spatial) == of.size and strides[2] == 1:
-        return torch.as_strided(tensor, (tensor.numel(),), (1,))
-    rows = zeros(examples * places * channels, tensor)
-    source = torch.as_strided(tensor, (tensor.numel(),), (1,)).numpy()
-    into = (places * channels, channels, 1)
-    _move(source, strides, rows.numpy(), into, examples, channels, _inside(of, spatial), True)
-    return rows
+def known(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy whose numbers lie in an order known here."""
+    return tensor if _strides(tensor) else tensor.contiguous()
 
 
-def from_rows(rows: Tensor, of: Geometry, like: Tensor) -> Tensor:
-    """The inverse of `to_rows`, in the layout that `torch.empty_like` has."""
-    examples, channels, *spatial = like.shape
-    positions, places = math.prod(spatial), math.prod(of.size)
-    found = torch.empty_like(like)
-    strides = _strides(found, positions)
-    if strides is None:
-        return found.copy_(from_rows(rows, of, like.contiguous()))
-    if tuple(spatial) == of.size and strides[2] == 1:
-        return torch.as_strided(rows, found.shape, found.stride())
-    into = torch.as_strided(found, (found.numel(),), (1,)).numpy()
-    apart = (places * channels, channels, 1)
-    _move(rows.numpy(), apart, into, strides, examples, channels, _inside(of, spatial), False)
+def as_it_lies(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the layout that `torch.empty_like` has."""
+    return tensor if _strides(like) else torch.empty_like(like).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> NDArray[Any]:
+    """The numbers as they lie in memory, without a gap."""
+    found: NDArray[Any] = torch.as_strided(tensor, (tensor.numel(),), (1,)).numpy()
     return found
 
 
-def _strides(tensor: Tensor, positions: int) -> tuple[int, int, int] | None:
+def to_rows(tensor: Tensor, of: Geometry, rooms: Rooms) -> NDArray[Any]:
+    """[N, C, *spatial] as the flat [N, *padded size, C]; its own memory if it lies so."""
+    tensor = known(tensor)
+    layout = Layout.of(tensor, of)
+    if layout.is_rows:
+        return flat(tensor)
+    rows = rooms.take(len(tensor) * layout.size * layout.channels, tensor.dtype).numpy()
+    layout.move(flat(tensor), rows, to_rows=True)
+    return rows
+
+
+def from_rows(rows: NDArray[Any], of: Geometry, into: Tensor) -> None:
+    """The inverse of `to_rows`."""
+    Layout.of(into, of).move(flat(into), rows, to_rows=False)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int] | None:
     """How far apart examples, positions and channels are; None where they lie in no order known here."""
-    channels = tensor.shape[1]
+    channels, positions = tensor.shape[1], math.prod(tensor.shape[2:])
     if tensor.dim() == 2 and tensor.is_contiguous():
         return channels, channels, 1
     if tensor.is_contiguous():
@@ -79,14 +113,3 @@ def _inside(of: Geometry, spatial: list[int]) -> NDArray[np.uint64]:
     whole = np.arange(math.prod(of.size), dtype=np.uint64).reshape(of.size)
     begins = zip(of.begin, spatial, strict=True)
     return whole[tuple(slice(begin, begin + size) for begin, size in begins)].ravel()
-
-
-def _move(
-    source: NDArray[Any], of_source: tuple[int, int, int],
-    into: NDArray[Any], of_into: tuple[int, int, int],
-    examples: int, channels: int, places: NDArray[np.uint64], grows: bool,
-) -> None:  # fmt: skip
-    from_ = (*map(np.uint64, of_source), grows)
-    to = tuple(map(np.uint64, of_into))
-    call = functools.partial(loops.move, source, from_, into, to, np.uint64(channels), places)
-    run([functools.partial(call, *part) for part in ranges(examples, tasks())])

@@ -79,7 +79,8 @@ def _gradients(
         chosen = scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
         kept = select.given(grad, last, chosen)
     positions = math.prod(grad.shape[2:])
-    work = products.Work(call, call.geometry(*of), kept, grad.shape[1], positions, last)
+    width = input.shape[1] // call.groups
+    work = products.Work(call, call.geometry(*of), kept, grad.shape[1], positions, last, width)
     grad_input, grad_weight = products.gradients(work, input, weight, needs[0], needs[1])
     return grad_input, grad_weight, select.masked(grad, last, kept) if needs[2] else None
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fxprop.ops.entries.compiled import compiled
-from fxprop.ops.entries.vectors import VECTOR, add_1_vector, add_4_vectors, add_8_vectors
+from fxprop.ops.entries.vectors import VECTOR, add_1_row, add_4_rows, add_8_rows, add_short_rows
 
 _U = np.uint64
 
@@ -92,72 +92,74 @@ def _add(
     out: Any, at: Any, length: Any, source: Any, rows: Any, stride: Any, offset: Any, values: Any,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """As `vectors.add_products`, for any length."""
-    done, lanes = _U(0), _U(VECTOR // out.itemsize)
-    while done + _U(8) * lanes <= length:
-        add_8_vectors(out, at + done, source, rows, stride, offset + done, values, first, last)
-        done += _U(8) * lanes
-    if done + _U(4) * lanes <= length:
-        add_4_vectors(out, at + done, source, rows, stride, offset + done, values, first, last)
-        done += _U(4) * lanes
-    while done + lanes <= length:
-        add_1_vector(out, at + done, source, rows, stride, offset + done, values, first, last)
-        done += lanes
+    """As `vectors.add_8_rows`, for any number of entries, in the order of their rows, and any length."""
+    lanes = _U(VECTOR // out.itemsize)
+    q, done = first, length - length % lanes
+    if done:
+        while q + 8 <= last:
+            add_8_rows(out, at, done, source, rows, stride, offset, values, q)
+            q += 8
+        if q + 4 <= last:
+            add_4_rows(out, at, done, source, rows, stride, offset, values, q)
+            q += 4
+        while q < last:
+            add_1_row(out, at, done, source, rows, stride, offset, values, q)
+            q += 1
     if done < length:
-        for q in range(first, last):
+        q = first
+        if at + done + lanes <= len(out):
+            # those behind which a whole vector can be read
+            q = last
+            while q > first and rows[q - 1] * stride + offset + done + lanes > len(source):
+                q -= 1
+            if q > first:
+                add_short_rows(
+                    out, at + done, length - done, source, rows, stride, offset + done, values, first, q
+                )  # fmt: skip
+        while q < last:
             start, factor = rows[q] * stride + offset, values[q]
             for c in range(done, length):
                 out[at + c] += factor * source[start + c]
+            q += 1
 
 
 @compiled
-def _clear(out: Any, row: int, stride: Any, offsets: Any, lengths: Any) -> None:
-    for p in range(len(lengths)):
-        at = _U(row) * stride + offsets[p]
-        out[at : at + lengths[p]] = 0
-
-
-@compiled
-def add_products(
-    out: Any, out_rows: Any, out_stride: Any, out_offsets: Any,
+def add_to_rows(
+    out: Any, out_stride: Any, out_offsets: Any,
     source: Any, rows: Any, stride: Any, offsets: Any,
-    lengths: Any, values: Any, first: int, last: int, fresh: int, fresh_end: int,
+    lengths: Any, values: Any, starts: Any, first: int, last: int, clears: bool, back: int,
 ) -> None:  # fmt: skip
-    """Every entry q from first to last times a row of `source`, added to a row of `out`, piece by piece.
+    """To the rows first..last their entries times rows of `source`, piece by piece.
 
-    A piece p of a row has lengths[p] numbers, from offsets[p] on; entries of one row of `out` follow each
-    other. The rows fresh..fresh_end of `out`, to which they are in order, hold anything before.
+    starts [chunks, rows + 1]: where the entries of each row begin. A piece p of a row has lengths[p]
+    numbers, from offsets[p] on. `out` begins with the row `back`; with `clears` it holds anything before.
     """
+    for row in range(first, last):
+        for p in range(len(lengths)):
+            at = _U(row - back) * out_stride + out_offsets[p]
+            if clears:
+                out[at : at + lengths[p]] = 0
+            for begins in starts:
+                q, end = begins[row], begins[row + 1]
+                _add(out, at, lengths[p], source, rows, stride, offsets[p], values, q, end)
+
+
+@compiled
+def add_to_places(
+    out: Any, places: Any, out_stride: Any, out_offsets: Any,
+    source: Any, rows: Any, stride: Any, offsets: Any,
+    lengths: Any, values: Any, first: int, last: int, back: int,
+) -> None:  # fmt: skip
+    """As `add_to_rows`, where entry q, from first to last, belongs to the row places[q]."""
     q = first
     while q < last:
-        row, end = out_rows[q], q + 1
-        while fresh < fresh_end and fresh <= row:
-            _clear(out, fresh, out_stride, out_offsets, lengths)
-            fresh += 1
-        while end < last and out_rows[end] == row:
+        place, end = places[q], q + 1
+        while end < last and places[end] == place:
             end += 1
         for p in range(len(lengths)):
-            at = row * out_stride + out_offsets[p]
+            at = (place - _U(back)) * out_stride + out_offsets[p]
             _add(out, at, lengths[p], source, rows, stride, offsets[p], values, q, end)
         q = end
-    while fresh < fresh_end:
-        _clear(out, fresh, out_stride, out_offsets, lengths)
-        fresh += 1
-
-
-@compiled
-def pack(source: Any, rows: int, stride: Any, offsets: Any, lengths: Any, packed: Any) -> None:
-    """The pieces of every row one behind the other, and the rows without a gap.
-
-    Scattered over many pages of memory they would cost more to find than to read.
-    """
-    to = _U(0)
-    for r in range(_U(rows)):
-        for p in range(len(lengths)):
-            start = r * stride + offsets[p]
-            for c in range(lengths[p]):
-                packed[to + c] = source[start + c]
-            to += lengths[p]
 
 
 @compiled
@@ -167,13 +169,52 @@ def move(
     """Every number of the examples first..last to where it lies in another layout.
 
     of_source, of_into: how far apart examples, positions and channels are; places [positions]: where the
-    one that has fewer positions has them in the other, which is that with `of_into` if it grows.
+    one that has fewer positions has them in the other, which is that with `of_into` if it grows. What is
+    between them is set to zero.
     """
     example, position, channel, grows = of_source
     to_example, to_position, to_channel = of_into
     for n in range(_U(first), _U(last)):
+        free = n * to_example
         for p in range(_U(len(places))):
             from_ = n * example + (p if grows else places[p]) * position
             to = n * to_example + (places[p] if grows else p) * to_position
+            if grows:
+                into[free:to] = 0
+                free = to + channels
             for c in range(channels):
                 into[to + c * to_channel] = source[from_ + c * channel]
+        if grows:
+            into[free : (n + _U(1)) * to_example] = 0
+
+
+@compiled
+def add_and_move_rows(
+    into: Any, of_into: Any, of_room: Any, channels: Any, places: Any, products: Any, first: int, last: int
+) -> None:
+    """As `add_to_rows` with its arguments `products`, each row then moved to where it lies in `into`."""
+    row, out_offsets, source, rows, stride, offsets, lengths, values, starts = products
+    room = np.empty(row, into.dtype)
+    for r in range(first, last):
+        add_to_rows(
+            room, row, out_offsets, source, rows, stride, offsets, lengths, values, starts,
+            r, r + 1, True, r,
+        )  # fmt: skip
+        move(room, of_room, into, of_into, channels, places, r, r + 1)
+
+
+@compiled
+def add_and_move_examples(
+    into: Any, of_into: Any, of_room: Any, channels: Any, places: Any, products: Any,
+    size: int, begins: Any, ends: Any, first: int, last: int,
+) -> None:  # fmt: skip
+    """As `add_to_places` for each example of so many places, which is then moved to where it lies."""
+    at, width, out_offsets, source, rows, stride, offsets, lengths, values = products
+    room = np.empty(_U(size) * of_room[1], into.dtype)
+    for n in range(first, last):
+        room[:] = 0
+        add_to_places(
+            room, at, width, out_offsets, source, rows, stride, offsets, lengths, values,
+            begins[n], ends[n], n * size,
+        )  # fmt: skip
+        move(room, of_room, into, of_into, channels, places, n, n + 1)

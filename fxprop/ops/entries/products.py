@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +14,11 @@ from torch import Tensor
 
 from fxprop.ops.entries import product_loops as loops
 from fxprop.ops.entries.calls import Call
-from fxprop.ops.entries.geometry import Geometry, Kind, split, taps_of
-from fxprop.ops.entries.layouts import empty, from_rows, to_rows, zeros
+from fxprop.ops.entries.geometry import Geometry, Kind, taps_of
+from fxprop.ops.entries.layouts import Layout, as_it_lies, flat, from_rows, known, to_rows
+from fxprop.ops.entries.rooms import Rooms
 from fxprop.ops.entries.select import Kept
 from fxprop.ops.entries.threads import ranges, run, tasks
-
-# numbers that a core's second cache holds, with room for others
-_CACHED = 3 * 2**17
-# numbers of a row that are computed at once, at least
-_SHORTEST = 64
-# how often a row must be met for packing it to pay
-_MET = 4
 
 
 class Sorted(NamedTuple):
@@ -49,6 +44,8 @@ class Work(NamedTuple):
     features: int
     positions: int
     channels_last: bool
+    # channels of the input in one group
+    width: int
 
     @property
     def examples(self) -> int:
@@ -61,8 +58,13 @@ class Work(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it has no spatial dimensions. Then every number of the gradients is met, and set."""
+        """Whether it has no spatial dimensions."""
         return not self.of.size
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether every entry meets every tap, as in all but transposed convolutions with a stride."""
+        return len(self.of.kinds) == 1 and int(self.of.kinds[0].lengths.sum()) == self.of.row
 
     @property
     def begins(self) -> NDArray[np.int64]:
@@ -70,27 +72,52 @@ class Work(NamedTuple):
         return np.concatenate([[0], self.kept.counts.cumsum()])
 
 
+class Target(NamedTuple):
+    """Where products are added."""
+
+    numbers: NDArray[Any]
+    # None if they lie as the loops have them
+    layout: Layout | None
+    # whether anything may be there before
+    is_raw: bool
+
+    @classmethod
+    def of(cls, grad: Tensor, of: Geometry, covered: bool) -> Target:
+        """The memory of a gradient, if every row of it is computed at once, or zeros to begin with."""
+        layout = Layout.of(grad, of)
+        if not covered:
+            return cls(np.zeros(len(grad) * layout.size * layout.channels, flat(grad).dtype), None, False)
+        return cls(flat(grad), None if layout.is_rows else layout, True)
+
+
 def gradients(
     work: Work, input: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of input and weight, in the layouts of the two."""
-    of, call = work.of, work.call
-    weight_layout = taps_of(weight)
-    rows = to_rows(_by_channel(weight, call), weight_layout)
-    padded = to_rows(input, of)
-    grad_padded = (empty if work.is_linear else zeros)(padded.numel(), input) if needs_input else None
-    grad_rows = (empty if work.is_linear else zeros)(rows.numel(), weight) if needs_weight else None
-    width = input.shape[1] // call.groups
-    for kind in of.kinds:
-        entries, ends = _by_place(work, kind)
-        if grad_padded is not None:
-            _add_to_input(work, kind, entries, ends, rows, grad_padded, width)
-        if grad_rows is not None:
-            _add_to_weight(work, kind, entries, ends, padded, grad_rows, width)
-    return (
-        None if grad_padded is None else from_rows(grad_padded, of, input),
-        None if grad_rows is None else _of_channel(grad_rows, weight_layout, weight, call),
-    )
+    by_channel, taps = _by_channel(weight, work.call), taps_of(weight)
+    sorted_kinds = [(kind, *_sort_by_place(work, kind)) for kind in work.of.kinds]
+    grad_input = grad_weight = None
+    with Rooms() as rooms:
+        if needs_input:
+            rows = to_rows(by_channel, taps, rooms)
+            adds = [functools.partial(_add_to_input, work, *of, rows) for of in sorted_kinds]
+            grad_input = as_it_lies(_sum(work, input, work.of, adds), input)
+        if needs_weight:
+            rows = to_rows(input, work.of, rooms)
+            adds = [functools.partial(_add_to_weight, work, *of, rows) for of in sorted_kinds]
+            grad_weight = _of_channel(_sum(work, by_channel, taps, adds), weight, work.call)
+    return grad_input, grad_weight
+
+
+def _sum(work: Work, like: Tensor, of: Geometry, adds: Sequence[Callable[[Target], None]]) -> Tensor:
+    """A gradient in a known layout, with what is added to it."""
+    grad = torch.empty_like(known(like))
+    target = Target.of(grad, of, work.is_covered)
+    for add in adds:
+        add(target)
+    if not work.is_covered:
+        from_rows(target.numbers, of, grad)
+    return grad
 
 
 def _by_channel(weight: Tensor, call: Call) -> Tensor:
@@ -101,16 +128,15 @@ def _by_channel(weight: Tensor, call: Call) -> Tensor:
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-def _of_channel(rows: Tensor, layout: Geometry, weight: Tensor, call: Call) -> Tensor:
-    """The gradient of `weight` from those of the rows that `_by_channel` made."""
+def _of_channel(by_channel: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """The gradient of `weight` from that of what `_by_channel` made."""
     if not call.transposed:
-        return from_rows(rows, layout, weight)
-    by_channel = from_rows(rows, layout, _by_channel(weight, call).contiguous())
+        return as_it_lies(by_channel, weight)
     grouped = by_channel.reshape(call.groups, -1, *by_channel.shape[1:])
     return torch.empty_like(weight).copy_(grouped.transpose(1, 2).flatten(0, 1))
 
 
-def _by_place(work: Work, kind: Kind) -> tuple[Sorted, NDArray[np.int64]]:
+def _sort_by_place(work: Work, kind: Kind) -> tuple[Sorted, NDArray[np.int64]]:
     """The entries of one kind by example and position, and where those of each example end."""
     kept, begins = work.kept, work.begins
     entries, ends = Sorted.empty(int(begins[-1]), kept.value), np.empty(work.examples, np.int64)
@@ -125,106 +151,63 @@ def _by_place(work: Work, kind: Kind) -> tuple[Sorted, NDArray[np.int64]]:
     return entries, ends
 
 
+def _sort_by_channel(
+    work: Work, by_place: Sorted, ends: NDArray[np.int64]
+) -> tuple[Sorted, NDArray[np.int64]]:
+    """The entries by channel among some examples at a time, and where those of each channel begin."""
+    chunks = ranges(work.examples, torch.get_num_threads())
+    entries = Sorted.empty(len(by_place.at), by_place.value)
+    starts = np.empty((len(chunks), work.channels + 1), np.int64)
+    begins = work.begins
+
+    def sort(number: int) -> None:
+        loops.sort_by_channel(*by_place, begins, ends, starts[number], *entries, *chunks[number])
+
+    run([functools.partial(sort, number) for number in range(len(chunks))])
+    return entries, starts
+
+
 def _add_to_input(
-    work: Work, kind: Kind, entries: Sorted, ends: NDArray[np.int64], rows: Tensor, into: Tensor, width: int
+    work: Work, kind: Kind, entries: Sorted, ends: NDArray[np.int64], source: NDArray[Any], into: Target
 ) -> None:
-    begins, source, out = work.begins, _flat(rows), _flat(into)
-    parts = split(kind, max(_SHORTEST, _CACHED // work.channels // _SHORTEST * _SHORTEST))
-    packs = len(parts) > 1 and len(entries.at) >= _MET * work.channels
+    begins, of_weight = work.begins, (np.uint64(work.of.row), kind.in_weight)
+    # rows of the input: one for each place and group
+    size = math.prod(work.of.size) * work.call.groups
+    out = (np.uint64(work.width), kind.in_input)
+    terms = (*out, source, entries.channel, *of_weight, kind.lengths, entries.value)
 
-    def packed(part: Kind, threads: bool) -> tuple[NDArray[Any], Any, Any]:
-        if not packs:
-            return source, np.uint64(work.of.row), part.in_weight
-        return _pack(source, work.channels, work.of.row, part.in_weight, part.lengths, threads)
+    def add_to_rows(first: int, last: int) -> None:
+        loops.add_to_rows(into.numbers, *terms, begins[None], first, last, into.is_raw, 0)
 
-    def add(part: Kind, of_weight: tuple[NDArray[Any], Any, Any], first: int, last: int) -> None:
-        fresh = (first, last) if work.is_linear else (0, 0)
-        for n in (first,) if work.is_linear else range(first, last):
-            end = ends[last - 1] if work.is_linear else ends[n]
-            loops.add_products(
-                out, entries.at, np.uint64(width), part.in_input,
-                of_weight[0], entries.channel, of_weight[1], of_weight[2],
-                part.lengths, entries.value, begins[n], end, *fresh,
-            )  # fmt: skip
+    def add_to_places(first: int, last: int) -> None:
+        example = size * work.width
+        for n in range(first, last):
+            if into.is_raw:
+                into.numbers[n * example : (n + 1) * example] = 0
+            loops.add_to_places(into.numbers, entries.at, *terms, begins[n], ends[n], 0)
 
-    def pack_and_add(part: Kind, first: int, last: int) -> None:
-        add(part, packed(part, False), first, last)
+    def add_and_move(first: int, last: int) -> None:
+        assert into.layout is not None
+        loops.add_and_move_examples(
+            into.numbers, *into.layout.from_one_row, (entries.at, *terms), size, begins, ends, first, last
+        )
 
-    if len(kind.lengths) == 1:
-        # different parts of one tap are different numbers of the input: each thread may have its own
-        count = tasks() // len(parts) // (len(parts) if packs else 1)
-        examples = ranges(work.examples, max(1, count))
-        run([functools.partial(pack_and_add, part, *some) for part in parts for some in examples])
-        return
-    for part in parts:
-        of_weight = packed(part, True)
-        run([functools.partial(add, part, of_weight, *some) for some in ranges(work.examples, tasks())])
+    add = add_and_move if into.layout else add_to_rows if work.is_linear else add_to_places
+    run([functools.partial(add, *part) for part in ranges(work.examples, tasks())])
 
 
 def _add_to_weight(
-    work: Work,
-    kind: Kind,
-    entries: Sorted,
-    ends: NDArray[np.int64],
-    padded: Tensor,
-    into: Tensor,
-    width: int,
+    work: Work, kind: Kind, by_place: Sorted, ends: NDArray[np.int64], source: NDArray[Any], into: Target
 ) -> None:
-    begins, source, out = work.begins, _flat(padded), _flat(into)
-    places, single = math.prod(work.of.size), len(kind.lengths) == 1
-    example = places * (_SHORTEST if single else width * work.call.groups)
-    chunks = ranges(work.examples, math.ceil(work.examples * example / _CACHED))
-    parts = [kind]
-    if single:
-        rows = max(last - first for first, last in chunks) * places
-        parts = split(kind, max(_SHORTEST, _CACHED // rows // _SHORTEST * _SHORTEST))
-    packs = len(parts) > 1 and work.call.groups == 1 and len(entries.at) >= _MET * work.examples * places
+    entries, starts = _sort_by_channel(work, by_place, ends)
+    of_input = (np.uint64(work.width), kind.in_input)
+    out = (np.uint64(work.of.row), kind.in_weight)
+    terms = (*out, source, entries.at, *of_input, kind.lengths, entries.value, starts)
 
-    by_channel = Sorted.empty(len(entries.at), entries.value)
-    starts = np.empty((len(chunks), work.channels + 1), np.int64)
+    def add(first: int, last: int) -> None:
+        if into.layout is None:
+            loops.add_to_rows(into.numbers, *terms, first, last, into.is_raw, 0)
+        else:
+            loops.add_and_move_rows(into.numbers, *into.layout.from_one_row, terms, first, last)
 
-    def sort(number: int) -> None:
-        loops.sort_by_channel(*entries, begins, ends, starts[number], *by_channel, *chunks[number])
-
-    run([functools.partial(sort, number) for number in range(len(chunks))])
-
-    def task(part: Kind, first: int, last: int) -> None:
-        for number, (begin, end) in enumerate(chunks):
-            of_input = (source, np.uint64(width), part.in_input)
-            if packs:
-                inside = source[begin * places * width : end * places * width]
-                from_, stride, offsets = _pack(
-                    inside, (end - begin) * places, width, part.in_input, part.lengths
-                )
-                # rows are counted from the first example; unsigned numbers may wrap around
-                of_input = (from_, stride, offsets - np.uint64(begin * places) * stride)
-            fresh = (first, last) if work.is_linear and number == 0 else (0, 0)
-            loops.add_products(
-                out, by_channel.channel, np.uint64(work.of.row), part.in_weight,
-                of_input[0], by_channel.at, of_input[1], of_input[2],
-                part.lengths, by_channel.value, starts[number, first], starts[number, last], *fresh,
-            )  # fmt: skip
-
-    channels = ranges(work.channels, max(1, tasks() // len(parts) // (2 if packs else 1)))
-    run([functools.partial(task, part, *some) for part in parts for some in channels])
-
-
-def _flat(tensor: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = tensor.view(-1).numpy()
-    return found
-
-
-def _pack(
-    source: NDArray[Any], rows: int, stride: int, offsets: Any, lengths: Any, threads: bool = False
-) -> tuple[NDArray[Any], Any, Any]:
-    """The pieces of all rows as (numbers, stride, offsets): see `product_loops.pack`."""
-    size = lengths.sum()
-    # by torch, whose memory begins where a vector may
-    packed = torch.empty(rows * int(size), dtype=torch.from_numpy(source[:0]).dtype).numpy()
-
-    def pack(first: int, last: int) -> None:
-        here, into = source[first * stride :], packed[first * int(size) :]
-        loops.pack(here, last - first, np.uint64(stride), offsets, lengths, into)
-
-    run([functools.partial(pack, *some) for some in ranges(rows, tasks() if threads else 1)])
-    return packed, size, np.concatenate([[np.uint64(0)], lengths.cumsum()[:-1]])
+    run([functools.partial(add, *part) for part in ranges(work.channels, tasks())])

@@ -15,7 +15,7 @@ from fxprop.ops.entries.vectors import MASKED, lowest_bit, mask_larger
 
 # one in so many entries is looked at for the first guess, but no fewer than this, up to one in four; the
 # guess is so many deviations too low
-_SPARSE, _SAMPLE, _SAFETY = 128, 512, 2.5
+_SPARSE, _SAMPLE, _SAFETY = 128, 128, 2.5
 _U = np.uint64
 
 
