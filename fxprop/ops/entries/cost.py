@@ -1,7 +1,7 @@
 """Whether kept entries are better computed one by one, or with the rest at zero by the dense kernels.
 
-Times are in nanoseconds of one thread, fitted to a CPU with AVX-512 by
-examples/benchmarks/element_layers.py; only their ratios matter.
+Times are in nanoseconds; only their ratios matter. They are those of examples/benchmarks/element_layers.py
+on a CPU with AVX2, with something added for one whose dense products are twice as fast.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # one multiply-add of a large dense product, and of one with an entry
-_DENSE, _ENTRY = 0.0145, 0.075
+_DENSE, _ENTRY = 0.0145, 0.06
 # for each entry that is kept and for each product: to put it in order, and to begin its row
-_BEGIN = 12.0
+_BEGIN = 8.0
 # for each run of numbers in its row
-_PIECE = 3.0
+_PIECE = 2.0
 # to read an entry of grad_output for the selection, and to move a number of the input or its gradient
-_SELECT, _MOVE = 1.4, 1.0
+_SELECT, _MOVE = 0.8, 1.0
 # once a call, for each number of the weight and each product: where it lies well, and where it has several
 # taps, which are rearranged
-_WEIGHT, _TAPS = 0.3, 1.8
+_WEIGHT, _TAPS = 0.3, 1.0
 # to find and mask the largest entries, by torch
 _TOPK = 12.0
 # what a call costs, whatever there is to do

@@ -55,7 +55,7 @@ class Layout(NamedTuple):
         else:
             ends = (rows, (*of_rows, False), here, self._here)
         move = functools.partial(loops.move, *ends, np.uint64(self.channels), self.places)
-        run([functools.partial(move, *part) for part in ranges(len(rows) // example, tasks())])
+        run([functools.partial(move, *part) for part in ranges(len(rows) // example, tasks(len(rows)))])
 
     @property
     def _here(self) -> tuple[Any, ...]:

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from fxprop.ops.entries.compiled import compiled
-from fxprop.ops.entries.vectors import VECTOR, add_1_row, add_4_rows, add_8_rows, add_short_rows
+from fxprop.ops.entries.vectors import (
+    VECTOR,
+    add_1_row,
+    add_2_rows,
+    add_4_rows,
+    add_8_rows,
+    add_short_rows,
+)
 
 _U = np.uint64
 
@@ -102,9 +109,11 @@ def _add(
         if q + 4 <= last:
             add_4_rows(out, at, done, source, rows, stride, offset, values, q)
             q += 4
-        while q < last:
+        if q + 2 <= last:
+            add_2_rows(out, at, done, source, rows, stride, offset, values, q)
+            q += 2
+        if q < last:
             add_1_row(out, at, done, source, rows, stride, offset, values, q)
-            q += 1
     if done < length:
         q = first
         if at + done + lanes <= len(out):

@@ -57,6 +57,11 @@ class Work(NamedTuple):
         return self.features * self.call.matrices
 
     @property
+    def steps(self) -> int:
+        """Multiply-adds of a product."""
+        return self.kept.value.size * self.of.row
+
+    @property
     def is_linear(self) -> bool:
         """Whether it has no spatial dimensions."""
         return not self.of.size
@@ -147,7 +152,7 @@ def _sort_by_place(work: Work, kind: Kind) -> tuple[Sorted, NDArray[np.int64]]:
     sort = functools.partial(
         loops.sort_by_place, *kept, begins, kind.places, (*layout, last), ends, *entries
     )
-    run([functools.partial(sort, *part) for part in ranges(work.examples, tasks())])
+    run([functools.partial(sort, *part) for part in ranges(work.examples, tasks(len(entries.at)))])
     return entries, ends
 
 
@@ -193,7 +198,7 @@ def _add_to_input(
         )
 
     add = add_and_move if into.layout else add_to_rows if work.is_linear else add_to_places
-    run([functools.partial(add, *part) for part in ranges(work.examples, tasks())])
+    run([functools.partial(add, *part) for part in ranges(work.examples, tasks(work.steps))])
 
 
 def _add_to_weight(
@@ -210,4 +215,4 @@ def _add_to_weight(
         else:
             loops.add_and_move_rows(into.numbers, *into.layout.from_one_row, terms, first, last)
 
-    run([functools.partial(add, *part) for part in ranges(work.channels, tasks())])
+    run([functools.partial(add, *part) for part in ranges(work.channels, tasks(work.steps))])

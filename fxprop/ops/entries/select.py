@@ -47,7 +47,7 @@ def largest(grad: Tensor, channels_last: bool, k: int) -> Kept:
     tied = np.empty(len(array), np.bool_)
     numbers = (kind(magnitude), kind(nan), kind(shift))
     call = functools.partial(select_loops.select, array, array.view(kind), k, *numbers, *kept, tied)
-    run([functools.partial(call, *part) for part in _parts(len(array))])
+    run([functools.partial(call, *part) for part in _parts(array)])
     for n in np.flatnonzero(tied):
         chosen = grad[n].flatten().abs().topk(k, sorted=False).indices
         _replace(kept, rows, int(n), _in_memory(chosen, grad, channels_last))
@@ -69,7 +69,7 @@ def nonzero(grad: Tensor, channels_last: bool) -> Kept:
     kind, magnitude, *_ = _BITS[grad.dtype]
     kept = _empty(array, int(np.count_nonzero(array, axis=1).max(initial=0)))
     call = functools.partial(select_loops.select_nonzero, array, array.view(kind), kind(magnitude), *kept)
-    run([functools.partial(call, *part) for part in _parts(len(array))])
+    run([functools.partial(call, *part) for part in _parts(array)])
     return kept
 
 
@@ -84,8 +84,8 @@ def masked(grad: Tensor, channels_last: bool, kept: Kept) -> Tensor:
     return found if grad.is_contiguous() else torch.empty_like(grad).copy_(found)
 
 
-def _parts(examples: int) -> list[tuple[int, int]]:
-    return ranges(examples, tasks())
+def _parts(array: NDArray[Any]) -> list[tuple[int, int]]:
+    return ranges(len(array), tasks(array.size))
 
 
 def _empty(array: NDArray[Any], most: int) -> Kept:

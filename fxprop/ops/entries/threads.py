@@ -24,6 +24,9 @@ import torch
 
 Task = Callable[[], object]
 
+# of a task, at least: a number that is read, or multiplied by a kept entry's
+_STEPS = 2**18
+
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pools: dict[int, ThreadPoolExecutor] = {}
 # a child has the records of its parent's threads, but not the threads
@@ -96,9 +99,13 @@ def _on_own_threads(work: Task, helpers: int) -> None:
         other.result()
 
 
-def tasks() -> int:
-    """Into how many to divide what comes, so that a thread that is held up does less."""
-    return 4 * torch.get_num_threads()
+def tasks(steps: int) -> int:
+    """Into how many to divide so many steps of a loop, so that a thread that is held up does less.
+
+    Beginning a task costs as much as some thousand steps.
+    """
+    threads = torch.get_num_threads()
+    return max(threads, min(4 * threads, steps // _STEPS))
 
 
 def ranges(n: int, parts: int) -> list[tuple[int, int]]:

@@ -93,7 +93,7 @@ def _of_entries(entries: int) -> Any:
 
 # each row of `out` is read and written once for so many entries, and theirs are read from end to end, which
 # is as fast as they can be fetched from wherever they are
-add_8_rows, add_4_rows, add_1_row = (_of_entries(entries) for entries in (8, 4, 1))
+add_8_rows, add_4_rows, add_2_rows, add_1_row = (_of_entries(entries) for entries in (8, 4, 2, 1))
 
 
 @intrinsic
