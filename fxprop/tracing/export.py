@@ -16,6 +16,7 @@ from fxprop.errors import TraceError
 from fxprop.pytree import tree_map
 from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.traced_module import TracedModule
+from fxprop.tracing.observe.twin import describe_error
 from fxprop.tracing.traced import Traced
 
 
@@ -61,14 +62,14 @@ def _export(
 
     try:
         # strict=False: the same tracing as torch.compile's, without its guards on Python objects
+        by_name = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
         program = torch.export.export(
-            twin, args, dict(kwargs), dynamic_shapes=_by_name(twin, args, kwargs, free), strict=False
+            twin, args, dict(kwargs), dynamic_shapes=tree_map(free, by_name), strict=False
         )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TraceError(
-            f"torch.export cannot capture {type(model).__name__}: {reason}. Use frontend='auto', which "
-            "traces what it can."
+            f"torch.export cannot capture {type(model).__name__}: {describe_error(error)}. Use "
+            "frontend='auto', which traces what it can."
         ) from error
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -77,12 +78,6 @@ def _export(
         if node.op in ("get_attr", "call_module"):
             _adopt(tree, module, node, suffix)
     return module.graph
-
-
-def _by_name(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Any) -> Any:
-    """`free` of every tensor among the inputs, in the structure that torch.export takes."""
-    bound = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
-    return {name: tree_map(free, value) for name, value in bound.items()}
 
 
 def _adopt(tree: nn.Module, module: nn.Module, node: fx.Node, suffix: str) -> None:

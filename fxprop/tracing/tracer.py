@@ -26,7 +26,7 @@ from fxprop.ops.catalogue import SITE_MODULES
 from fxprop.ops.registered import registered_classes
 from fxprop.tracing import attention
 from fxprop.tracing.module_kinds import DROPOUTS, NORMS
-from fxprop.tracing.observe.twin import describe
+from fxprop.tracing.observe.twin import describe, describe_error
 from fxprop.tracing.observe.untouched import AUTOCAST
 from fxprop.tracing.source_lines import first_line, is_users_code_at_work, users_stack
 
@@ -276,12 +276,14 @@ def _explain(error: Exception, where: str) -> str:
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
     callers = [f"{f.filename}:{f.lineno}" for f in outside if f is not frame]
     outer = f" (from {', '.join(callers[-2:])})" if callers else ""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`{outer}: {reason}. "
-        "Keep that module as one call with leaf_modules=[...] (its class or its name; its layers then stay "
-        "dense), or move the line into a function marked with torch.fx.wrap."
+        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`{outer}: "
+        f"{describe_error(error)}. Keep that module as one call with leaf_modules=[...] (its class or its "
+        "name; its layers then stay dense), or move the line into a function marked with torch.fx.wrap."
     )
+
+
+_FIXED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_cuda", "size", "dim", "numel"))
 
 
 class _BufferProxy(fx.Proxy):
@@ -291,21 +293,8 @@ class _BufferProxy(fx.Proxy):
         super().__init__(node, tracer)
         self._buffer = buffer
 
-    shape = property(lambda self: self._buffer.shape)
-    dtype = property(lambda self: self._buffer.dtype)
-    device = property(lambda self: self._buffer.device)
-    ndim = property(lambda self: self._buffer.ndim)
-    layout = property(lambda self: self._buffer.layout)
-    is_cuda = property(lambda self: self._buffer.is_cuda)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._buffer.size() if dim is None else self._buffer.size(dim)
-
-    def dim(self) -> int:
-        return self._buffer.dim()
-
-    def numel(self) -> int:
-        return self._buffer.numel()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name) if name in _FIXED else super().__getattr__(name)
 
     def __len__(self) -> int:
         return len(self._buffer)

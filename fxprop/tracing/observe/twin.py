@@ -68,9 +68,10 @@ class Twin:
         for module in self.root.modules():
             if isinstance(module, TracedModule):
                 module._fx_warns_of_hooks = False  # hooks are what watches the run
+            # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
+            if not real and isinstance(module, NORMS_WITH_STATISTICS) and module.momentum is None:
+                module.momentum = 0.1
         uncompile(self.root)
-        if not real:
-            without_data_dependence(self.root)
         self.args: tuple[Any, ...] = self._of_input(args)
         self.kwargs: dict[str, Any] = self._of_input(dict(kwargs))
         self.names: dict[int, str] = {}
@@ -85,7 +86,9 @@ class Twin:
         afterwards what the run has changed.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_no_logging())
+            # fake tensors log a traceback before they raise; our error says the same in one line
+            logger = logging.getLogger(FakeTensorMode.__module__)
+            stack.enter_context(mock.patch.object(logger, "disabled", True))
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
             if self.real:
@@ -177,17 +180,6 @@ def model_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-@contextlib.contextmanager
-def _no_logging() -> Iterator[None]:
-    # fake tensors log a traceback before they raise; our error says the same in one line
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def bind_placeholders(
     placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Any]:
@@ -222,19 +214,16 @@ def bind_placeholders(
     return values
 
 
-def without_data_dependence(module: nn.Module) -> None:
-    """Settle what would make a module read the value of a tensor."""
-    # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
-    for norm in module.modules():
-        if isinstance(norm, NORMS_WITH_STATISTICS) and norm.momentum is None:
-            norm.momentum = 0.1
-
-
 def describe(value: Any) -> str:
     """A value as error messages show it: "float32[8, 3, 224, 224]" for a tensor."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)
+
+
+def describe_error(error: Exception) -> str:
+    """The first line of what an error says; the name of its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def describe_all(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
