@@ -305,12 +305,7 @@ class TracedModule(fx.GraphModule):
 
     # copies are made by the way of pickles, in which the object is there before what it holds, maybe
     # itself; a method would be found by wrappers that look up on their module what they lack
-    __deepcopy__ = None  # type: ignore[assignment]
-
-    def __copy__(self) -> TracedModule:
-        twin = _blank(self._fx_base, type(self).__name__)
-        twin.__setstate__(self._fx_state())
-        return twin
+    __copy__ = __deepcopy__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self._fx_base, type(self).__name__), self._fx_state()
