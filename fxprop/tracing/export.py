@@ -6,7 +6,6 @@ The graph takes the parameters from a copy of the model's own tree, under their 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from fxprop.pytree import tree_map
 from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.observe.twin import describe_error
-from fxprop.tracing.traced import Traced
+from fxprop.tracing.traced import Inputs, Traced
 
 
-def trace_exported(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None) -> Traced:
+def trace_exported(model: nn.Module, inputs: Inputs | None) -> Traced:
     """The model's aten graph in its present mode and, where it differs, in the other one.
 
     >>> traced = trace_exported(transformers.BertModel(config), ((), {"input_ids": ids}))
@@ -44,12 +43,7 @@ def trace_exported(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str,
     return Traced(root, "export", {"": root})
 
 
-def _export(
-    model: nn.Module,
-    tree: nn.Module,
-    training: bool,
-    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
-) -> fx.Graph:
+def _export(model: nn.Module, tree: nn.Module, training: bool, inputs: Inputs) -> fx.Graph:
     """The graph in one mode; what it needs besides the model's own tensors is added to `tree`."""
     twin = copy_tree(model)
     for module in twin.modules():

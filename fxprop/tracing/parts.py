@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,18 +34,19 @@ from fxprop.tracing.module_kinds import (
 )
 from fxprop.tracing.observe.accounting import CallPattern, Observation, observe
 from fxprop.tracing.observe.agreement import disagreements
+from fxprop.tracing.observe.products import with_operands
 from fxprop.tracing.observe.records import Run
 from fxprop.tracing.observe.run import Recording
 from fxprop.tracing.reach import Reach
 from fxprop.tracing.symbolic import TracedGraphs, bind_arguments, trace_modes
-from fxprop.tracing.traced import Traced
+from fxprop.tracing.traced import Inputs, Traced
 from fxprop.tracing.tracer import LeafModules, the_model
 
 
 def trace_model(
     model: nn.Module,
     frontend: str,
-    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
+    inputs: Inputs | None,
     leaf_modules: LeafModules = (),
     preserve_modules: LeafModules = (),
 ) -> Traced:
@@ -91,11 +91,7 @@ class _Descent:
     """The graphs found so far, on the way down a model."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
-        leaf_modules: LeafModules,
-        preserve: frozenset[str],
+        self, model: nn.Module, inputs: Inputs | None, leaf_modules: LeafModules, preserve: frozenset[str]
     ) -> None:
         self._preserve = preserve
         self._model, self._inputs = model, inputs
@@ -308,10 +304,7 @@ def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
     def fetch(value: Any) -> Any:
         return graph.get_attr(value) if isinstance(value, str) else value
 
-    operands = replace(
-        product, input=fetch(product.input), weight=fetch(product.weight), bias=fetch(product.bias)
-    )
-    args, constants = arguments(operands)
+    args, constants = arguments(with_operands(product, fetch))
     constants.pop("weight", None)
     node = graph.call_function(OPERATORS[product.op].dense, args, constants)
     node.meta[IS_MODULE] = True

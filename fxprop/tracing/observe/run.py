@@ -29,7 +29,7 @@ from fxprop.tracing.observe.account import Account
 from fxprop.tracing.observe.accounting import Observation, cannot_run, values_needed
 from fxprop.tracing.observe.answers import Answering, Answers
 from fxprop.tracing.observe.flop_formulas import FlopCounter
-from fxprop.tracing.observe.products import describe_product
+from fxprop.tracing.observe.products import describe_product, with_operands
 from fxprop.tracing.observe.recorder import GraphRecorder, Notes, Pending, on_gradient
 from fxprop.tracing.observe.records import Autograd, ProductCall, Run, TensorInfo
 from fxprop.tracing.observe.twin import Twin, describe_all, describe_error, has_values, model_device
@@ -244,14 +244,8 @@ class Recording(Notes):
                 call.outputs = {name: settle(info) for name, info in call.outputs.items()}
                 call.weights = {name: settle(info) for name, info in call.weights.items()}
         for record in self._run.products:
-            product = record.product
             record.output = settle(record.output)
-            record.product = replace(
-                product,
-                input=settle(product.input),
-                weight=settle(product.weight),
-                bias=settle(product.bias),
-            )
+            record.product = with_operands(record.product, settle)
         # they hold what a forward has saved for a backward, and this holds them until cycles are collected
         self._functions.clear()
 
