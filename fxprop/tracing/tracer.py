@@ -121,11 +121,8 @@ class SiteTracer(fx.Tracer):
             return True
         if attention.is_attention(m):
             return False
-        if isinstance(m, (*SITE_MODULES, *registered_classes())) or super().is_leaf_module(
-            m, module_qualified_name
-        ):
-            return True
-        if isinstance(m, (*NORMS, *DROPOUTS)):
+        kept = (*SITE_MODULES, *registered_classes(), *NORMS, *DROPOUTS)
+        if isinstance(m, kept) or super().is_leaf_module(m, module_qualified_name):
             return True
         return not _holds_weights(m) and _depends_on_mode(m)
 
@@ -155,13 +152,10 @@ class SiteTracer(fx.Tracer):
 
     def _text(self, text: str) -> fx.Node:
         """A text that tells of tensors' sizes and the like, to be made when the graph runs."""
-        first, *parts = re.split(r"Proxy\((\w+)\)", text)
-        template = first.replace("{", "{{").replace("}", "}}")
+        parts = re.split(r"Proxy\((\w+)\)", text.replace("{", "{{").replace("}", "}}"))
         nodes = {node.name: node for node in self.graph.nodes}
-        values = [self.proxy(nodes[name]) for name in parts[::2]]
-        for part in parts[1::2]:
-            template += "{}" + part.replace("{", "{{").replace("}", "}}")
-        return self.create_proxy("call_function", format_text, (template, *values), {}).node
+        values = [self.proxy(nodes[name]) for name in parts[1::2]]
+        return self.create_proxy("call_function", format_text, ("{}".join(parts[::2]), *values), {}).node
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -11,21 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def _conv_backward_flops(
-    grad_output: Any,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    output_mask: Any,
-    **_: Any,
-) -> int:
+def _conv_backward_flops(grad_output: Any, input: Any, weight: Any, *constants: Any, **__: Any) -> int:
     """2 per multiply-add for each gradient; torch's own formula counts dW `groups` times over."""
+    *_, transposed, _output_padding, _groups, output_mask = constants
     spatial = input if transposed else grad_output  # the smaller side's positions each meet the kernel
     positions = spatial[0] * math.prod(spatial[2:])
     one = 2 * positions * math.prod(weight) if weight else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,21 +57,17 @@ class Notes:
 
     def info(self, tensor: torch.Tensor) -> TensorInfo:
         """The record of `tensor`; who needs its gradient is settled when the run is done."""
-        info = tensor_info(tensor)
-        function = self.function(tensor)
+        info, function = tensor_info(tensor), self.function(tensor)
         if function is not None:
-            return Pending(info, function)
+            return Pending(**vars(info), function=function)
         return replace(info, requires_grad=id(tensor) in self._required)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Pending(TensorInfo):
     """A TensorInfo whose requires_grad depends on what the autograd graph leads to."""
 
-    def __init__(self, info: TensorInfo, function: int) -> None:
-        super().__init__(info.shape, info.dtype, info.requires_grad, info.device)
-        object.__setattr__(self, "function", function)
-
-    function: int
+    function: int = field(compare=False)
 
 
 class GraphRecorder:

@@ -186,6 +186,7 @@ def bind_placeholders(
     """One value per placeholder, as a call of the generated forward would bind them."""
     values: list[Any] = []
     positional, keywords = list(args), dict(kwargs)
+    takes = ", ".join(str(node.target) for node in placeholders)
     for node in placeholders:
         name = str(node.target)
         if name.startswith("**"):
@@ -201,15 +202,11 @@ def bind_placeholders(
         elif node.args:
             values.append(node.args[0])
         else:
-            raise InputError(
-                f"the example inputs lack {name!r}: the model takes "
-                f"{', '.join(str(p.target) for p in placeholders)}"
-            )
+            raise InputError(f"the example inputs lack {name!r}: the model takes {takes}")
     if positional or keywords:
         extra = [describe(v) for v in positional] + list(keywords)
         raise InputError(
-            f"the example inputs have {len(extra)} too many ({', '.join(extra)}): the model takes "
-            f"{', '.join(str(p.target) for p in placeholders)}"
+            f"the example inputs have {len(extra)} too many ({', '.join(extra)}): the model takes {takes}"
         )
     return values
 
