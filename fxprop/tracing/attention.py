@@ -23,7 +23,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def forward(
-    module: Any,
+    self: Any,
     query: Any,
     key: Any,
     value: Any,
@@ -34,24 +34,31 @@ def forward(
     is_causal: Any = False,
 ) -> tuple[Any, Any]:
     """`nn.MultiheadAttention.forward`; which of query, key and value are one tensor is fixed."""
-    separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    same = self.same if isinstance(self, TraceableAttention) else ()
+    if "query is key" in same:
+        ops.check_same(query, key, "query and key")
+        key = query
+    if "key is value" in same:
+        ops.check_same(key, value, "key and value")
+        value = key
+    separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
     return multi_head_attention(
         query,
         key,
         value,
-        module.num_heads,
-        module.in_proj_weight,
-        module.in_proj_bias,
-        module.out_proj.weight,
-        module.out_proj.bias,
-        separate=separate if module.in_proj_weight is None else None,
-        batch_first=module.batch_first,
+        self.num_heads,
+        self.in_proj_weight,
+        self.in_proj_bias,
+        self.out_proj.weight,
+        self.out_proj.bias,
+        separate=separate if self.in_proj_weight is None else None,
+        batch_first=self.batch_first,
         key_padding_mask=key_padding_mask,
         attn_mask=attn_mask,
-        bias_k=module.bias_k,
-        bias_v=module.bias_v,
-        add_zero_attn=module.add_zero_attn,
-        dropout=module.dropout if module.training else 0.0,
+        bias_k=self.bias_k,
+        bias_v=self.bias_v,
+        add_zero_attn=self.add_zero_attn,
+        dropout=self.dropout if self.training else 0.0,
         need_weights=need_weights,
         average_attn_weights=average_attn_weights,
         is_causal=is_causal,
@@ -63,32 +70,4 @@ class TraceableAttention(nn.MultiheadAttention):
 
     # which of its arguments are one tensor in every call that was seen
     same: frozenset[str] = frozenset()
-
-    def forward(
-        self,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any = None,
-        need_weights: Any = True,
-        attn_mask: Any = None,
-        average_attn_weights: Any = True,
-        is_causal: Any = False,
-    ) -> tuple[Any, Any]:
-        if "query is key" in self.same:
-            ops.check_same(query, key, "query and key")
-            key = query
-        if "key is value" in self.same:
-            ops.check_same(key, value, "key and value")
-            value = key
-        return forward(
-            self,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-        )
+    forward = forward

@@ -6,7 +6,6 @@ The graph takes the parameters from a copy of the model's own tree, under their 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from fxprop.errors import TraceError
 from fxprop.pytree import tree_map
 from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.traced_module import TracedModule
-from fxprop.tracing.traced import Traced
+from fxprop.tracing.observe.twin import describe_error
+from fxprop.tracing.traced import Inputs, Traced
 
 
-def trace_exported(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None) -> Traced:
+def trace_exported(model: nn.Module, inputs: Inputs | None) -> Traced:
     """The model's aten graph in its present mode and, where it differs, in the other one.
 
     >>> traced = trace_exported(transformers.BertModel(config), ((), {"input_ids": ids}))
@@ -43,12 +43,7 @@ def trace_exported(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str,
     return Traced(root, "export", {"": root})
 
 
-def _export(
-    model: nn.Module,
-    tree: nn.Module,
-    training: bool,
-    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
-) -> fx.Graph:
+def _export(model: nn.Module, tree: nn.Module, training: bool, inputs: Inputs) -> fx.Graph:
     """The graph in one mode; what it needs besides the model's own tensors is added to `tree`."""
     twin = copy_tree(model)
     for module in twin.modules():
@@ -61,14 +56,14 @@ def _export(
 
     try:
         # strict=False: the same tracing as torch.compile's, without its guards on Python objects
+        by_name = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
         program = torch.export.export(
-            twin, args, dict(kwargs), dynamic_shapes=_by_name(twin, args, kwargs, free), strict=False
+            twin, args, dict(kwargs), dynamic_shapes=tree_map(free, by_name), strict=False
         )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TraceError(
-            f"torch.export cannot capture {type(model).__name__}: {reason}. Use frontend='auto', which "
-            "traces what it can."
+            f"torch.export cannot capture {type(model).__name__}: {describe_error(error)}. Use "
+            "frontend='auto', which traces what it can."
         ) from error
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -77,12 +72,6 @@ def _export(
         if node.op in ("get_attr", "call_module"):
             _adopt(tree, module, node, suffix)
     return module.graph
-
-
-def _by_name(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Any) -> Any:
-    """`free` of every tensor among the inputs, in the structure that torch.export takes."""
-    bound = inspect.signature(twin.forward).bind(*args, **kwargs).arguments
-    return {name: tree_map(free, value) for name, value in bound.items()}
 
 
 def _adopt(tree: nn.Module, module: nn.Module, node: fx.Node, suffix: str) -> None:

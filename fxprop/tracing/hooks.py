@@ -5,18 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from fxprop.errors import TraceError
 from fxprop.ops.modules import HOOKS, hooks_of
-
-
-def registries(module: nn.Module) -> dict[str, Mapping[int, Any]]:
-    """The dictionaries in which `module` keeps its hooks, by their kind."""
-    return {kind: getattr(module, kind) for kind in HOOKS}
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -52,13 +47,21 @@ def names_to_preserve(model: nn.Module, asked_for: Iterable[type[nn.Module] | st
     return frozenset(names)
 
 
+def called_modules(graph: fx.Graph) -> list[str]:
+    """The name of the module in each call of one in `graph`."""
+    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
+
+
+def modules_in_code(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) for each in `root` that `graph` does not call, and that is in none that it calls."""
+    called = set(called_modules(graph))
+    for name, module in root.named_modules():
+        parts = name.split(".") if name else []
+        if not any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1)):
+            yield name, module
+
+
 def find_uncalled_hooks(root: nn.Module, graph: fx.Graph) -> dict[tuple[str, str], Mapping[int, Any]]:
     """The hooks on modules in `root` that `graph` does not call: (name, kind) -> hooks."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-
-    def below(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
-
-    modules = [(name, module) for name, module in root.named_modules() if name and not below(name)]
-    return {(name, kind): hooks for name, module in modules for kind, hooks in registries(module).items()}
+    modules = [(name, module) for name, module in modules_in_code(root, graph) if name]
+    return {(name, kind): getattr(module, kind) for name, module in modules for kind in HOOKS}

@@ -66,11 +66,6 @@ def unsafe(module: nn.Module) -> str | None:
     return None
 
 
-def is_dense(module: nn.Module) -> bool:
-    """Whether `module` is of a class that is known to stay dense."""
-    return isinstance(module, tuple(DENSE_MODULES))
-
-
 def holds_matrices(module: nn.Module) -> bool:
     """Whether something in `module` could be multiplied by."""
     return any(p.dim() >= 2 or is_lazy(p) for p in module.parameters())

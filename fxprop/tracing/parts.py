@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,32 +20,33 @@ from fxprop.ops.catalogue import OPERATORS, arguments, read_module
 from fxprop.ops.registered import registered_classes
 from fxprop.tracing.attention import TraceableAttention, is_attention
 from fxprop.tracing.export import trace_exported
-from fxprop.tracing.hooks import names_to_preserve
+from fxprop.tracing.hooks import called_modules, names_to_preserve
 from fxprop.tracing.module.copy_tree import copy_tree
 from fxprop.tracing.module.stored import Graphs
 from fxprop.tracing.module.traced_module import TracedModule, name_in_the_way
 from fxprop.tracing.module_kinds import (
+    DENSE_MODULES,
     IS_MODULE,
     holds_matrices,
-    is_dense,
     is_readable,
     is_users,
     own_parameters,
 )
 from fxprop.tracing.observe.accounting import CallPattern, Observation, observe
 from fxprop.tracing.observe.agreement import disagreements
+from fxprop.tracing.observe.products import with_operands
 from fxprop.tracing.observe.records import Run
 from fxprop.tracing.observe.run import Recording
 from fxprop.tracing.reach import Reach
 from fxprop.tracing.symbolic import TracedGraphs, bind_arguments, trace_modes
-from fxprop.tracing.traced import Traced
+from fxprop.tracing.traced import Inputs, Traced
 from fxprop.tracing.tracer import LeafModules, the_model
 
 
 def trace_model(
     model: nn.Module,
     frontend: str,
-    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
+    inputs: Inputs | None,
     leaf_modules: LeafModules = (),
     preserve_modules: LeafModules = (),
 ) -> Traced:
@@ -81,7 +81,7 @@ def trace_model(
                     f"{error} With example_inputs fxprop can also trace the parts of a model that cannot "
                     "be traced whole."
                 ) from error
-            descent.refuse("", str(error))
+            descent.refused[""] = str(error)
     elif inputs is None:
         raise TraceError("the submodules front-end needs example_inputs: it has to see the model run")
     return descent.trace_until_agreed("submodules", lambda: descent.visit("", model, whole=False))
@@ -91,30 +91,24 @@ class _Descent:
     """The graphs found so far, on the way down a model."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
-        leaf_modules: LeafModules,
-        preserve: frozenset[str],
+        self, model: nn.Module, inputs: Inputs | None, leaf_modules: LeafModules, preserve: frozenset[str]
     ) -> None:
         self._preserve = preserve
-        self._model, self._inputs, self._leaf_modules = model, inputs, leaf_modules
+        self._model, self._inputs = model, inputs
+        self._leaf_types = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
+        self._leaf_names = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
         self._observed: dict[bool, Observation] = {}
         # whether one graph was asked for, be it of one mode alone
         self.asked_for = False
-        # parts whose graph would not do what they do, and why
-        self._refused: dict[str, str] = {}
+        # parts never to take as one graph, which would not do what they do, and why
+        self.refused: dict[str, str] = {}
         self._begin()
 
     def _begin(self) -> None:
         self._graphs: dict[str, TracedGraphs] = {}
-        self.untraced: dict[str, str] = {path: why for path, why in self._refused.items() if path == ""}
+        self.untraced: dict[str, str] = {path: why for path, why in self.refused.items() if path == ""}
         self._opaque: dict[str, str] = {}
         self._visited: set[int] = set()
-
-    def refuse(self, path: str, why: str) -> None:
-        """Never take the module at `path` as one graph."""
-        self._refused[path] = why
 
     def trace_until_agreed(self, frontend: str, go_down: Callable[[], None]) -> Traced:
         """The model with all graphs that `go_down` finds and that do what the model does.
@@ -130,10 +124,10 @@ class _Descent:
                 return traced
             if frontend == "symbolic" and "" in faults:
                 raise TraceError(f"torch.fx cannot trace {the_model(self._model)}: {faults['']}.")
-            if faults.keys() <= self._refused.keys():
+            if faults.keys() <= self.refused.keys():
                 path, why = next(iter(faults.items()))
                 raise TraceError(f"{path!r} cannot be taken apart, and must be: {why}")
-            self._refused |= faults
+            self.refused |= faults
 
     @torch.inference_mode(False)
     def _disagreements(self, traced: Traced) -> dict[str, str]:
@@ -181,8 +175,8 @@ class _Descent:
 
     def trace(self, path: str, module: nn.Module, given: Mapping[str, Any] | None) -> None:
         """Take `module` as one graph; its leaves that hold more are visited on their own."""
-        if path in self._refused:
-            raise TraceError(self._refused[path])
+        if path in self.refused:
+            raise TraceError(self.refused[path])
         taken = name_in_the_way(module)
         if taken is not None:
             raise TraceError(
@@ -192,8 +186,8 @@ class _Descent:
         leaves: set[str] = set()
         preserve = self._preserve - {path}
         while True:
-            names = [name.removeprefix(f"{path}.") for name in (*self._named_leaves(), *preserve)]
-            traced = trace_modes(module, given, [*self._leaf_types(), *names, *leaves])
+            names = [name.removeprefix(f"{path}.") for name in (*self._leaf_names, *preserve)]
+            traced = trace_modes(module, given, [*self._leaf_types, *names, *leaves])
             wrappers = _wrappers(module, traced.graphs) - leaves if self._inputs is not None else set()
             if "" in wrappers:
                 raise TraceError(f"{type(module).__name__} calls a function that is kept as one call")
@@ -203,7 +197,8 @@ class _Descent:
         if traced.untraced and (path or (self._inputs is not None and not self.asked_for)):
             raise TraceError(traced.untraced)  # a part has to follow the model into either mode
         self._graphs[path] = traced
-        for target in _called_modules(traced.graphs):
+        targets = (target for graph in traced.graphs.values() for target in called_modules(graph))
+        for target in dict.fromkeys(targets):
             name, leaf = ".".join(filter(None, (path, target))), module.get_submodule(target)
             if name in preserve or not is_readable(leaf) or self._is_users_leaf(name, leaf):
                 self.visit(name, leaf, whole=target not in leaves)
@@ -216,7 +211,7 @@ class _Descent:
         if self._is_users_leaf(path, module):
             self._opaque[path] = "kept as one call because of leaf_modules; its FLOPs are in `other`"
             return
-        if is_dense(module):
+        if isinstance(module, tuple(DENSE_MODULES)):
             self._opaque[path] = ""
             return
         called = self._inputs is None or path in self._here.calls
@@ -264,14 +259,8 @@ class _Descent:
     def _here(self) -> Observation:
         return self.observed(self._model.training)
 
-    def _leaf_types(self) -> list[type[nn.Module]]:
-        return [leaf for leaf in self._leaf_modules if not isinstance(leaf, str)]
-
-    def _named_leaves(self) -> list[str]:
-        return [leaf for leaf in self._leaf_modules if isinstance(leaf, str)]
-
     def _is_users_leaf(self, path: str, module: nn.Module) -> bool:
-        return path in self._named_leaves() or isinstance(module, tuple(self._leaf_types()))
+        return path in self._leaf_names or isinstance(module, self._leaf_types)
 
     def assemble(self, frontend: str) -> Traced:
         """A copy of the model's tree with the traced modules in their places."""
@@ -315,10 +304,7 @@ def _as_product(module: nn.Module, calls: list[CallPattern]) -> Graphs:
     def fetch(value: Any) -> Any:
         return graph.get_attr(value) if isinstance(value, str) else value
 
-    operands = replace(
-        product, input=fetch(product.input), weight=fetch(product.weight), bias=fetch(product.bias)
-    )
-    args, constants = arguments(operands)
+    args, constants = arguments(with_operands(product, fetch))
     constants.pop("weight", None)
     node = graph.call_function(OPERATORS[product.op].dense, args, constants)
     node.meta[IS_MODULE] = True
@@ -345,12 +331,6 @@ def _takes_matrix(module: nn.Module, node: fx.Node) -> bool:
             if parameter is not None and parameter.dim() >= 2:
                 return True
     return False
-
-
-def _called_modules(graphs: Graphs) -> list[str]:
-    """The modules that the graphs call."""
-    nodes = (node for graph in graphs.values() for node in graph.nodes)
-    return list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
 
 
 def _guess_pattern(module: nn.Module) -> CallPattern:

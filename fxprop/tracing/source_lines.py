@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,8 @@ def users_line(most: int = 3) -> str:
         if not file.startswith(_BELOW):
             lines.append(f"{file}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
-    return format_callers(lines)
-
-
-def format_callers(lines: Sequence[str]) -> str:
-    """Lines, the innermost first, as they are told."""
-    return lines[0] + (f" (from {', '.join(lines[1:])})" if lines[1:] else "") if lines else ""
+    innermost, *callers = lines or [""]
+    return innermost + (f" (from {', '.join(callers)})" if callers else "")
 
 
 def first_line(function: Any) -> str:

@@ -206,13 +206,10 @@ def _other_surroundings() -> Iterator[None]:
     """Where gradients are disabled if they are enabled here, and autocast is on if it is off."""
     with global_state_kept():
         torch.set_grad_enabled(not torch.is_grad_enabled())
-        inference = torch.inference_mode(not torch.is_inference_mode_enabled())
+        inference = not torch.is_inference_mode_enabled()
         for kind in AUTOCAST:
             torch.set_autocast_enabled(kind, not torch.is_autocast_enabled(kind))
-        if torch.is_grad_enabled():
-            yield
-            return
-        with inference:
+        with contextlib.nullcontext() if torch.is_grad_enabled() else torch.inference_mode(inference):
             yield
 
 
@@ -231,7 +228,6 @@ class _FrozenValues(Made):  # type: ignore[no-untyped-call]
         name = str(function).removesuffix(".default")
         read = [self._state.get(storage_of(tensor)) for tensor in tensors_in((*args, *kwargs.values()))]
         state = next((name for name in read if name is not None), None)
-        fault = ""
         if is_random(function):
             fault = (
                 f"{name} draws random numbers that do not depend on the inputs; a graph would freeze them"
@@ -240,10 +236,10 @@ class _FrozenValues(Made):  # type: ignore[no-untyped-call]
             fault = f"{name} writes in place to a tensor that outlasts the call, which a graph would not do"
         elif state is not None:
             fault = f"{name} computes with {state!r}, whose current value a graph would freeze"
-        if fault:
-            self.faults.append(f"{users_line()}: {fault}")
-            raise TraceError(fault)
-        return function(*args, **kwargs)
+        else:
+            return function(*args, **kwargs)
+        self.faults.append(f"{users_line()}: {fault}")
+        raise TraceError(fault)
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from fxprop.errors import InputError
 from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.observe.records import Run
+
+# the arguments of an example call, and those given by name
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass

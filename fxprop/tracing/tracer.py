@@ -26,7 +26,7 @@ from fxprop.ops.catalogue import SITE_MODULES
 from fxprop.ops.registered import registered_classes
 from fxprop.tracing import attention
 from fxprop.tracing.module_kinds import DROPOUTS, NORMS
-from fxprop.tracing.observe.twin import describe
+from fxprop.tracing.observe.twin import describe, describe_error
 from fxprop.tracing.observe.untouched import AUTOCAST
 from fxprop.tracing.source_lines import first_line, is_users_code_at_work, users_stack
 
@@ -121,11 +121,8 @@ class SiteTracer(fx.Tracer):
             return True
         if attention.is_attention(m):
             return False
-        if isinstance(m, (*SITE_MODULES, *registered_classes())) or super().is_leaf_module(
-            m, module_qualified_name
-        ):
-            return True
-        if isinstance(m, (*NORMS, *DROPOUTS)):
+        kept = (*SITE_MODULES, *registered_classes(), *NORMS, *DROPOUTS)
+        if isinstance(m, kept) or super().is_leaf_module(m, module_qualified_name):
             return True
         return not _holds_weights(m) and _depends_on_mode(m)
 
@@ -155,13 +152,10 @@ class SiteTracer(fx.Tracer):
 
     def _text(self, text: str) -> fx.Node:
         """A text that tells of tensors' sizes and the like, to be made when the graph runs."""
-        first, *parts = re.split(r"Proxy\((\w+)\)", text)
-        template = first.replace("{", "{{").replace("}", "}}")
+        parts = re.split(r"Proxy\((\w+)\)", text.replace("{", "{{").replace("}", "}}"))
         nodes = {node.name: node for node in self.graph.nodes}
-        values = [self.proxy(nodes[name]) for name in parts[::2]]
-        for part in parts[1::2]:
-            template += "{}" + part.replace("{", "{{").replace("}", "}}")
-        return self.create_proxy("call_function", format_text, (template, *values), {}).node
+        values = [self.proxy(nodes[name]) for name in parts[1::2]]
+        return self.create_proxy("call_function", format_text, ("{}".join(parts[::2]), *values), {}).node
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -276,12 +270,14 @@ def _explain(error: Exception, where: str) -> str:
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
     callers = [f"{f.filename}:{f.lineno}" for f in outside if f is not frame]
     outer = f" (from {', '.join(callers[-2:])})" if callers else ""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`{outer}: {reason}. "
-        "Keep that module as one call with leaf_modules=[...] (its class or its name; its layers then stay "
-        "dense), or move the line into a function marked with torch.fx.wrap."
+        f"torch.fx cannot trace {where} at {frame.filename}:{frame.lineno}: `{line}`{outer}: "
+        f"{describe_error(error)}. Keep that module as one call with leaf_modules=[...] (its class or its "
+        "name; its layers then stay dense), or move the line into a function marked with torch.fx.wrap."
     )
+
+
+_FIXED = frozenset(("shape", "dtype", "device", "ndim", "layout", "is_cuda", "size", "dim", "numel"))
 
 
 class _BufferProxy(fx.Proxy):
@@ -291,21 +287,8 @@ class _BufferProxy(fx.Proxy):
         super().__init__(node, tracer)
         self._buffer = buffer
 
-    shape = property(lambda self: self._buffer.shape)
-    dtype = property(lambda self: self._buffer.dtype)
-    device = property(lambda self: self._buffer.device)
-    ndim = property(lambda self: self._buffer.ndim)
-    layout = property(lambda self: self._buffer.layout)
-    is_cuda = property(lambda self: self._buffer.is_cuda)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._buffer.size() if dim is None else self._buffer.size(dim)
-
-    def dim(self) -> int:
-        return self._buffer.dim()
-
-    def numel(self) -> int:
-        return self._buffer.numel()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name) if name in _FIXED else super().__getattr__(name)
 
     def __len__(self) -> int:
         return len(self._buffer)

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxprop.ops.catalogue import SITE_MODULES
+from fxprop.tracing.hooks import called_modules, modules_in_code
 from fxprop.tracing.objects import cell_value, is_holder, is_users
 from fxprop.tracing.reach import Reach
 
@@ -30,11 +31,9 @@ def assumptions(root: nn.Module, graph: fx.Graph, reach: Reach) -> list[Assumpti
 
     `reach` is that of `root`.
     """
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    values = _Values(reach.names)
-    for name, module in root.named_modules():
-        if not _is_below(name, called):
-            values.of_module(name, module, called)
+    values, called = _Values(reach.names), set(called_modules(graph))
+    for name, module in modules_in_code(root, graph):
+        values.of_module(name, module, called)
     for cls in reach.classes.values():
         values.of_mapping(vars(cls))
     for namespace, name in reach.variables.values():
@@ -46,11 +45,10 @@ def assumptions(root: nn.Module, graph: fx.Graph, reach: Reach) -> list[Assumpti
 
 def modes(root: nn.Module, graph: fx.Graph, training: Callable[[str], bool]) -> list[Assumption]:
     """That every module whose code is in `graph` is in the mode that `training` says of its name."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     return [
         (vars(module).get, "training", training(name))
-        for name, module in root.named_modules()
-        if name and not _is_below(name, called) and _has_users_code(module)
+        for name, module in modules_in_code(root, graph)
+        if name and _has_users_code(module)
     ]
 
 
@@ -74,11 +72,6 @@ def describe_assumption(assumption: Assumption) -> str:
     return {"__eq__": "a list that its code reads", "len": "how many there are of something"}.get(
         name, f"{argument!r}"
     )
-
-
-def _is_below(name: str, called: set[str]) -> bool:
-    parts = name.split(".") if name else []
-    return any(".".join(parts[:depth]) in called for depth in range(1, len(parts) + 1))
 
 
 class _Values:
@@ -132,10 +125,9 @@ class _Values:
         elif isinstance(value, list) and len(value) <= _MANY:
             self.triples.append((list(value).__eq__, value, True))
         elif is_holder(value):
-            self.triples.append((len, getattr(value, "__dict__", {}), len(getattr(value, "__dict__", {}))))
-            for key, held in list(getattr(value, "__dict__", {}).items()):
-                if key in self._names:
-                    self.add(vars(value).get, key, held)
+            attributes = getattr(value, "__dict__", {})
+            self.triples.append((len, attributes, len(attributes)))
+            self.of_mapping(attributes)
 
 
 def _has_users_code(module: nn.Module) -> bool:

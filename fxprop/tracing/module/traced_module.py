@@ -58,17 +58,10 @@ class TracedModule(fx.GraphModule):
     """A GraphModule with its whole module tree, switching graphs with train() and eval().
 
     `root` is the module tree, which the new module adopts without copying; `graphs` are its graphs;
-    `before` the graphs before a rewrite, if there was one; `untraced` why a missing mode is missing.
+    `untraced` says why a missing mode is missing.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        graphs: Graphs,
-        class_name: str,
-        before: Graphs | None = None,
-        untraced: str = "",
-    ) -> None:
+    def __init__(self, root: nn.Module, graphs: Graphs, class_name: str, untraced: str = "") -> None:
         # GraphModule's own constructor would copy attributes named by the graph, evaluating lazily
         # computed weights as it goes; so it gets nothing to copy
         super().__init__(nn.Module(), fx.Graph(), class_name)
@@ -78,39 +71,28 @@ class TracedModule(fx.GraphModule):
             self.meta = dict(vars(root).get("meta", {}))
         self._fx_base: type[nn.Module] = nn.Module
         self._fx_original: tuple[type[nn.Module], dict[str, Any]] = nn.Module, {}
-        self._fx_set(graphs, before, untraced)
+        self._fx_set(graphs, untraced)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         pass  # a user's, further up, might want arguments, or keep a registry
 
-    @classmethod
-    def fx_install(
-        cls,
-        module: nn.Module,
-        graphs: Graphs,
-        before: Graphs | None = None,
-        untraced: str = "",
-        class_name: str | None = None,
-    ) -> TracedModule:
+    @staticmethod
+    def fx_install(module: nn.Module, graphs: Graphs, untraced: str) -> TracedModule:
         """Turn `module` itself into a TracedModule that is still an instance of its class.
 
         Whatever refers to the module (its parents, lists, bound methods) then sees the traced one. (A
         GraphModule's class was made for its one graph, and is left behind.)
         """
         if isinstance(module, TracedModule):
-            module._fx_set(graphs, before, untraced)
+            module._fx_set(graphs, untraced)
             return module
         original = type(module), {key: v for key, v in vars(module).items() if key in _GRAPH_MODULE}
         base = nn.Module if isinstance(module, fx.GraphModule) else type(module)
-        blank = fx.GraphModule(nn.Module(), fx.Graph())
-        module.__dict__.update({key: vars(blank)[key] for key in _GRAPH_MODULE})
-        bases = (cls,) if base is nn.Module else (cls, base)
-        name = class_name or type(module).__name__
-        impl = make_fx_class(name, bases)
-        module.__class__ = impl
+        module.__dict__.update(_blank_state())
+        module.__class__ = _class_on(base, type(module).__name__)
         assert isinstance(module, TracedModule)
         module._fx_base, module._fx_original = base, original
-        module._fx_set(graphs, before, untraced)
+        module._fx_set(graphs, untraced)
         return module
 
     def fx_uninstall(self) -> None:
@@ -120,8 +102,8 @@ class TracedModule(fx.GraphModule):
             self.__dict__.pop(key, None)
         self.__dict__.update(own)
 
-    def _fx_set(self, graphs: Graphs, before: Graphs | None, untraced: str) -> None:
-        self._fx_begin(graphs, graphs if before is None else before, untraced)
+    def _fx_set(self, graphs: Graphs, untraced: str) -> None:
+        self._fx_begin(graphs, graphs, untraced)
         # names of the modules that were in the other mode than this one when it was traced
         self._fx_odd = frozenset(n for n, m in self.named_modules() if m.training != self.training)
         self._fx_here = self.training
@@ -323,12 +305,7 @@ class TracedModule(fx.GraphModule):
 
     # copies are made by the way of pickles, in which the object is there before what it holds, maybe
     # itself; a method would be found by wrappers that look up on their module what they lack
-    __deepcopy__ = None  # type: ignore[assignment]
-
-    def __copy__(self) -> TracedModule:
-        twin = _blank(self._fx_base, type(self).__name__)
-        twin.__setstate__(self._fx_state())
-        return twin
+    __copy__ = __deepcopy__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self._fx_base, type(self).__name__), self._fx_state()
@@ -351,14 +328,7 @@ class TracedModule(fx.GraphModule):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            {
-                key: value
-                for key, value in vars(fx.GraphModule(nn.Module(), fx.Graph())).items()
-                if key in _GRAPH_MODULE
-            }
-        )
-        vars(self).update(state["attributes"])
+        vars(self).update(_blank_state() | state["attributes"])
         for name, value in state["slots"].items():
             object.__setattr__(self, name, value)
         base, untraced, odd, here, changed = state["own"]
@@ -394,7 +364,16 @@ def name_in_the_way(module: nn.Module) -> str | None:
     return min((name for name in taken & used if not name.startswith("__")), default=None)
 
 
+def _class_on(base: type[nn.Module], class_name: str) -> Any:
+    return make_fx_class(class_name, (TracedModule,) if base is nn.Module else (TracedModule, base))
+
+
 def _blank(base: type[nn.Module], class_name: str) -> TracedModule:
-    bases = (TracedModule,) if base is nn.Module else (TracedModule, base)
-    made: TracedModule = object.__new__(make_fx_class(class_name, bases))
+    made: TracedModule = object.__new__(_class_on(base, class_name))
     return made
+
+
+def _blank_state() -> dict[str, Any]:
+    """What GraphModule's own constructor adds to a module."""
+    made = vars(fx.GraphModule(nn.Module(), fx.Graph()))
+    return {key: made[key] for key in _GRAPH_MODULE}

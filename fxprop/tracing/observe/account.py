@@ -53,8 +53,7 @@ class Account(Made):  # type: ignore[no-untyped-call]
     ) -> Any:
         if self._watch.aside:
             return function(*args, **kwargs)
-        given = list(tensors_in((*args, *kwargs.values())))
-        labels = [self._labels.get(storage_of(tensor)) for tensor in given]
+        labels = [self._labels.get(storage_of(t)) for t in tensors_in((*args, *kwargs.values()))]
         depends = is_random(function) or bool(written) or any(label is not None for label in labels)
         try:
             result = function(*args, **kwargs)

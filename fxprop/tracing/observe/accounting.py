@@ -17,7 +17,7 @@ from fxprop.ops.reads import Product
 from fxprop.tracing.observe.account import Op
 from fxprop.tracing.observe.answers import Answers
 from fxprop.tracing.observe.code_at_work import AccountBesideCalls, Calls
-from fxprop.tracing.observe.twin import Twin, describe_all, has_values
+from fxprop.tracing.observe.twin import Twin, describe_all, describe_error, has_values
 from fxprop.tracing.observe.untouched import draws
 from fxprop.tracing.observe.watch import Watch
 from fxprop.tracing.reach import Reach
@@ -72,25 +72,34 @@ def observe(
         if observation.error is None:
             return observation
         if observation.wanted_values:
-            raise ValuesNeededError(
-                f"the model reads the values of tensors{observation.place}, and fxprop finds shapes with "
-                f"fake tensors, which have none ({_reason(observation.error)}). Pass real example inputs, "
-                "and a model with real weights. Or leave example_inputs out, if torch.fx can trace the "
-                "model: FLOPs are then not counted."
-            ) from observation.error
+            raise values_needed(observation.place, observation.error) from observation.error
         raise ValuesNeededError(
-            f"the model cannot run on fake tensors, which have shapes but no values: it "
-            f"fails{observation.place}: {_reason(observation.error)}. Pass real example inputs, and a "
-            "model with real weights."
+            "the model cannot run on fake tensors, which have shapes but no values: it "
+            f"fails{observation.place}: {describe_error(observation.error)}. Pass real example inputs, and "
+            "a model with real weights."
         ) from observation.error
     observation = run_observed(model, args, kwargs, training, real=True)
     if observation.error is not None:
-        raise InputError(
-            f"the model cannot run on the example inputs ({describe_all(args, kwargs)}): it "
-            f"fails{observation.place}: {_reason(observation.error)}. Pass inputs of the shape, dtype "
-            "and device that the model takes."
-        ) from observation.error
+        given = describe_all(args, kwargs)
+        raise cannot_run(given, observation.place, observation.error) from observation.error
     return observation
+
+
+def values_needed(place: str, error: Exception) -> ValuesNeededError:
+    """The error of a model that reads values (at `place`) where there are none."""
+    return ValuesNeededError(
+        f"the model reads the values of tensors{place}, and fxprop finds shapes with fake tensors, which "
+        f"have none ({describe_error(error)}). Pass real example inputs, and a model with real weights. Or "
+        "leave example_inputs out, if torch.fx can trace the model: FLOPs are then not counted."
+    )
+
+
+def cannot_run(given: str, place: str, error: Exception) -> InputError:
+    """The error of a model that fails (at `place`) on the inputs `given`."""
+    return InputError(
+        f"the model cannot run on the example inputs ({given}): it fails{place}: {describe_error(error)}. "
+        "Pass inputs of the shape, dtype and device that the model takes."
+    )
 
 
 @torch.inference_mode(False)
@@ -125,10 +134,6 @@ def run_observed(
         observation.error, observation.failed = error, watch.failed or []
     observation.ops, observation.wanted_values = account.ops, account.wanted_values or bool(calls.ran)
     return observation
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _pattern(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallPattern:

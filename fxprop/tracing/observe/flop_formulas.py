@@ -11,55 +11,35 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def _conv_backward_flops(
-    grad_output: Any,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    output_mask: Any,
-    out_shape: Any = None,
-    **_: Any,
-) -> int:
+def _conv_backward_flops(grad_output: Any, input: Any, weight: Any, *constants: Any, **__: Any) -> int:
     """2 per multiply-add for each gradient; torch's own formula counts dW `groups` times over."""
+    *_, transposed, _output_padding, _groups, output_mask = constants
     spatial = input if transposed else grad_output  # the smaller side's positions each meet the kernel
     positions = spatial[0] * math.prod(spatial[2:])
     one = 2 * positions * math.prod(weight) if weight else 0
     return int(one) * (bool(output_mask[0]) + bool(output_mask[1]))
 
 
-def _grouped_mm_flops(mat_a: Any, mat_b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _grouped_mm_flops(mat_a: Any, mat_b: Any, *_: Any, **__: Any) -> int:
     """2 per multiply-add, which torch's counter leaves out: every row meets one expert's matrix."""
     rows, contracted = mat_a
     return int(2 * rows * contracted * mat_b[-1])
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """query @ key.T and scores @ value, for query [N, H, L, E], key [N, _, S, E], value [N, _, S, E_v]."""
     return int(2 * math.prod(query[:3]) * key[-2] * (query[-1] + value[-1]))
 
 
 def _attention_backward_flops(
-    grad_output: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+    grad_output: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
 ) -> int:
     """Scores again, and two products for each of the forward's, as torch counts its GPU kernels."""
     return int(2 * math.prod(query[:3]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
 
 
 def _entries_flops(
-    grad: Any,
-    input: Any,
-    weight: Any,
-    scores: Any,
-    k: int,
-    *constants: Any,
-    out_shape: Any = None,
-    **__: Any,
+    grad: Any, input: Any, weight: Any, scores: Any, k: int, *constants: Any, **_: Any
 ) -> int:
     """Every kept entry meets a row of the weight, for each gradient."""
     transposed, needs = constants[3], constants[6]

@@ -94,16 +94,18 @@ def _size(tensor: Tensor) -> tuple[int, int]:
     return tensor.dim(), tensor.numel()
 
 
+def with_operands(product: Product, convert: Callable[[Any], Any]) -> Product:
+    """`product` with `convert` of each of its operands in its place."""
+    return replace(
+        product, input=convert(product.input), weight=convert(product.weight), bias=convert(product.bias)
+    )
+
+
 def describe_product(product: Product, describe: Callable[[Tensor], Any]) -> Product:
     """`product` with a record in place of each tensor."""
 
     def convert(value: Any) -> Any:
         return describe(value) if isinstance(value, torch.Tensor) else value
 
-    return replace(
-        product,
-        input=convert(product.input),
-        weight=convert(product.weight),
-        bias=convert(product.bias),
-        constants={name: convert(value) for name, value in product.constants.items()},
-    )
+    constants = {name: convert(value) for name, value in product.constants.items()}
+    return replace(with_operands(product, convert), constants=constants)

@@ -92,17 +92,12 @@ class Autograd:
 
     def positions(self, sites: Collection[int]) -> tuple[set[int], set[int]]:
         """(first, output): the sites with no other site upstream, and with none downstream."""
-        at = set(sites)
-        order = self._upstream_first()
-        above: set[int] = set()  # functions with a site upstream of them
-        for function in order:
-            if any(n in above or n in at for n in self.next.get(function, ())):
-                above.add(function)
+        at, leading_to_one = set(sites), self.requiring(sites)
         below: set[int] = set()  # functions with a site downstream of them
-        for function in reversed(order):
+        for function in reversed(self._upstream_first()):
             if function in below or function in at:
                 below.update(self.next.get(function, ()))
-        return at - above, at - below
+        return {site for site in at if leading_to_one.isdisjoint(self.next.get(site, ()))}, at - below
 
     def behind(self, sites: Collection[int]) -> dict[int, set[int | None]]:
         """For each site those that its gradient comes from without passing another; None is an output."""

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +20,19 @@ from torch import nn
 # tests/test_project.py notices if they move
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from fxprop.errors import InputError, ValuesNeededError
+from fxprop.errors import InputError
 from fxprop.ops.reads import Product
 from fxprop.pytree import tree_leaves
 from fxprop.tracing.module.traced_module import TracedModule
 from fxprop.tracing.module_kinds import is_users
 from fxprop.tracing.observe.account import Account
-from fxprop.tracing.observe.accounting import Observation
+from fxprop.tracing.observe.accounting import Observation, cannot_run, values_needed
 from fxprop.tracing.observe.answers import Answering, Answers
 from fxprop.tracing.observe.flop_formulas import FlopCounter
-from fxprop.tracing.observe.products import describe_product
-from fxprop.tracing.observe.recorder import GraphRecorder, on_gradient
-from fxprop.tracing.observe.records import Autograd, GraphCall, ProductCall, Run, TensorInfo, tensor_info
-from fxprop.tracing.observe.twin import Twin, describe_all, has_values, model_device
+from fxprop.tracing.observe.products import describe_product, with_operands
+from fxprop.tracing.observe.recorder import GraphRecorder, Notes, Pending, on_gradient
+from fxprop.tracing.observe.records import Autograd, ProductCall, Run, TensorInfo
+from fxprop.tracing.observe.twin import Twin, describe_all, describe_error, has_values, model_device
 from fxprop.tracing.observe.untouched import draws
 from fxprop.tracing.observe.watch import Watch
 from fxprop.tracing.reach import Reach
@@ -90,7 +89,7 @@ def _is_small(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return not (any(map(is_users, called)) or Reach(root).functions)
 
 
-class Recording:
+class Recording(Notes):
     """One run of a traced model; dropped with the autograd graph when it is done."""
 
     def __init__(
@@ -104,22 +103,17 @@ class Recording:
         answers: Answers | None = None,
         compared: bool = False,
     ) -> None:
+        self._twin = Twin(traced.root, args, kwargs, real=real)
+        super().__init__(
+            Run(real=real or answers is not None), {id(tensor) for tensor in self._twin.required}
+        )
         self._compared = compared
         # what a run on real tensors read: in one on fake tensors it is read again
         self._answers = answers
-        self._run = Run(real=real or answers is not None)
         # the account of the forward, if it is to be held against the model's
         self.observation = Observation()
-        self._twin = Twin(traced.root, args, kwargs, real=real)
         self._training = training
-        self._required = {id(tensor) for tensor in self._twin.required}
         self._opaque = traced.opaque
-        # autograd functions in the order they were met; held, so that their ids stay theirs
-        self._functions: list[Any] = []
-        self._numbers: dict[int, int] = {}
-        self._clock = 0
-        self._place = ""
-        # records whose requires_grad is settled when the run is done: (record, key, function)
         self.watch = Watch(self._twin, self._note_call, self._note_product)
         # not by path: a switch of modes may take a module out of the model
         self._recorded: list[TracedModule] = []
@@ -135,7 +129,10 @@ class Recording:
         """Run it; see `run_traced`."""
         twin, run = self._twin, self._run
         with twin.running(self._training) as state:
-            with self._answered(), FlopCounter() as forward, self.watch.watching():
+            answering: contextlib.AbstractContextManager[Any] = (
+                contextlib.nullcontext() if self._answers is None else Answering(self._answers)
+            )
+            with answering, FlopCounter() as forward, self.watch.watching():
                 outputs = self._forward()
             run.forward_flops = forward.total
             self._note_used()
@@ -143,7 +140,7 @@ class Recording:
                 # what is computed again in the backward is no other call
                 del vars(piece)["forward"]
             losses = [t for t in _tensors(outputs) if t.requires_grad]
-            self._number_all([self.function(t) for t in losses])
+            self._number_all(losses)
             required = [tensor for tensor in twin.required if tensor.requires_grad]
             if backward and losses and required:
                 with FlopCounter() as counter:
@@ -152,9 +149,6 @@ class Recording:
         self.observation.changes = list(state.changed)
         self._settle()
         return run
-
-    def _answered(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._answers is None else Answering(self._answers)
 
     def _forward(self) -> Any:
         twin, observation = self._twin, self.observation
@@ -166,25 +160,15 @@ class Recording:
                 outputs = twin.root(*twin.args, **twin.kwargs)
             observation.drawn = drawn
             return outputs
-        except InputError as error:
-            observation.error, observation.failed = error, self.watch.failed or []
-            raise
         except Exception as error:
             observation.error, observation.failed = error, self.watch.failed or []
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, InputError):
+                raise
             if not self._place and self.watch.at:
                 self._place = f" at layer {self.watch.at!r}"
             if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-                raise ValuesNeededError(
-                    f"the model reads the values of tensors{self._place}, and fxprop finds shapes with "
-                    f"fake tensors, which have none ({reason}). Pass real example inputs, and a model "
-                    "with real weights. Or leave example_inputs out, if torch.fx can trace the model: "
-                    "FLOPs are then not counted."
-                ) from error
-            raise InputError(
-                f"the model cannot run on the example inputs ({given}): it fails{self._place}: {reason}. "
-                "Pass inputs of the shape, dtype and device that the model takes."
-            ) from error
+                raise values_needed(self._place, error) from error
+            raise cannot_run(given, self._place, error) from error
 
     def _backward(self, losses: list[torch.Tensor], required: list[torch.Tensor]) -> None:
         try:
@@ -192,10 +176,9 @@ class Recording:
             seeds = [torch.ones_like(t) for t in losses]
             torch.autograd.grad(losses, required, seeds, allow_unused=True)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"the model's own backward fails on the example inputs: {reason}. Leave example_inputs "
-                "out: the model is transformed without counting FLOPs."
+                f"the model's own backward fails on the example inputs: {describe_error(error)}. Leave "
+                "example_inputs out: the model is transformed without counting FLOPs."
             ) from error
 
     def _note_used(self) -> None:
@@ -207,32 +190,6 @@ class Recording:
             record.used = record.reached
 
     # --- what is noted on the way -------------------------------------------------------------------
-
-    def tick(self) -> int:
-        """The next moment of the run."""
-        self._clock += 1
-        return self._clock
-
-    def failed_at(self, place: str) -> None:
-        """Remember where the run stopped, for the error."""
-        self._place = self._place or place
-
-    def new_call(self, path: str) -> GraphCall:
-        """The record of a call of the graph at `path`."""
-        call = GraphCall()
-        self._run.calls.setdefault(path, []).append(call)
-        return call
-
-    def function(self, tensor: torch.Tensor) -> int | None:
-        """The number of the autograd function that made `tensor`."""
-        function = tensor.grad_fn
-        return None if function is None else self._number(function)
-
-    def _number(self, function: Any) -> int:
-        if id(function) not in self._numbers:
-            self._numbers[id(function)] = len(self._functions)
-            self._functions.append(function)
-        return self._numbers[id(function)]
 
     def _note_call(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,27 +213,17 @@ class Recording:
         )
         self._run.products.append(record)
         if result.requires_grad:
-            on_gradient(result, partial(_reach, record))
-
-    def info(self, tensor: torch.Tensor) -> TensorInfo:
-        """The record of `tensor`; who needs its gradient is settled when the run is done."""
-        info = tensor_info(tensor)
-        function = self.function(tensor)
-        if function is not None:
-            return _Pending(info, function)
-        return replace(info, requires_grad=id(tensor) in self._required)
+            on_gradient(result, lambda _: setattr(record, "reached", True))
 
     # --- when it is done ----------------------------------------------------------------------------
 
-    def _number_all(self, roots: list[int | None]) -> None:
-        """Number every function that the recorded ones lead to."""
+    def _number_all(self, losses: list[torch.Tensor]) -> None:
+        """Number every function that those of `losses` and the recorded ones lead to."""
+        for loss in losses:
+            self.function(loss)
         following: dict[int, tuple[int, ...]] = {}
-        at = 0
-        while at < len(self._functions):
-            function = self._functions[at]
-            next_ = [f for f, _ in function.next_functions if f is not None]
-            following[at] = tuple(self._number(f) for f in next_)
-            at += 1
+        for at, function in enumerate(self._functions):  # which grows on the way
+            following[at] = tuple(self._number(f) for f, _ in function.next_functions if f is not None)
         self._run.autograd = Autograd(following)
 
     def _settle(self) -> None:
@@ -288,7 +235,7 @@ class Recording:
         requiring = self._run.autograd.requiring(leaves)
 
         def settle(info: Any) -> Any:
-            if not isinstance(info, _Pending):
+            if not isinstance(info, Pending):
                 return info
             return TensorInfo(info.shape, info.dtype, info.function in requiring, info.device)
 
@@ -297,30 +244,10 @@ class Recording:
                 call.outputs = {name: settle(info) for name, info in call.outputs.items()}
                 call.weights = {name: settle(info) for name, info in call.weights.items()}
         for record in self._run.products:
-            product = record.product
             record.output = settle(record.output)
-            record.product = replace(
-                product,
-                input=settle(product.input),
-                weight=settle(product.weight),
-                bias=settle(product.bias),
-            )
+            record.product = with_operands(record.product, settle)
         # they hold what a forward has saved for a backward, and this holds them until cycles are collected
         self._functions.clear()
-
-
-class _Pending(TensorInfo):
-    """A TensorInfo whose requires_grad depends on what the autograd graph leads to."""
-
-    def __init__(self, info: TensorInfo, function: int) -> None:
-        super().__init__(info.shape, info.dtype, info.requires_grad, info.device)
-        object.__setattr__(self, "function", function)
-
-    function: int
-
-
-def _reach(record: ProductCall, grad: torch.Tensor) -> None:
-    record.reached = True
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:

@@ -68,9 +68,10 @@ class Twin:
         for module in self.root.modules():
             if isinstance(module, TracedModule):
                 module._fx_warns_of_hooks = False  # hooks are what watches the run
+            # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
+            if not real and isinstance(module, NORMS_WITH_STATISTICS) and module.momentum is None:
+                module.momentum = 0.1
         uncompile(self.root)
-        if not real:
-            without_data_dependence(self.root)
         self.args: tuple[Any, ...] = self._of_input(args)
         self.kwargs: dict[str, Any] = self._of_input(dict(kwargs))
         self.names: dict[int, str] = {}
@@ -85,7 +86,9 @@ class Twin:
         afterwards what the run has changed.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_no_logging())
+            # fake tensors log a traceback before they raise; our error says the same in one line
+            logger = logging.getLogger(FakeTensorMode.__module__)
+            stack.enter_context(mock.patch.object(logger, "disabled", True))
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
             if self.real:
@@ -177,23 +180,13 @@ def model_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-@contextlib.contextmanager
-def _no_logging() -> Iterator[None]:
-    # fake tensors log a traceback before they raise; our error says the same in one line
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def bind_placeholders(
     placeholders: list[fx.Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """One value per placeholder, as a call of the generated forward would bind them."""
     values: list[Any] = []
     positional, keywords = list(args), dict(kwargs)
+    takes = ", ".join(str(node.target) for node in placeholders)
     for node in placeholders:
         name = str(node.target)
         if name.startswith("**"):
@@ -209,25 +202,13 @@ def bind_placeholders(
         elif node.args:
             values.append(node.args[0])
         else:
-            raise InputError(
-                f"the example inputs lack {name!r}: the model takes "
-                f"{', '.join(str(p.target) for p in placeholders)}"
-            )
+            raise InputError(f"the example inputs lack {name!r}: the model takes {takes}")
     if positional or keywords:
         extra = [describe(v) for v in positional] + list(keywords)
         raise InputError(
-            f"the example inputs have {len(extra)} too many ({', '.join(extra)}): the model takes "
-            f"{', '.join(str(p.target) for p in placeholders)}"
+            f"the example inputs have {len(extra)} too many ({', '.join(extra)}): the model takes {takes}"
         )
     return values
-
-
-def without_data_dependence(module: nn.Module) -> None:
-    """Settle what would make a module read the value of a tensor."""
-    # momentum=None makes batch norm read a counter's value, which a fake tensor does not have
-    for norm in module.modules():
-        if isinstance(norm, NORMS_WITH_STATISTICS) and norm.momentum is None:
-            norm.momentum = 0.1
 
 
 def describe(value: Any) -> str:
@@ -235,6 +216,11 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)
+
+
+def describe_error(error: Exception) -> str:
+    """The first line of what an error says; the name of its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def describe_all(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -125,14 +125,16 @@ class PythonState:
                 self._cell(cell)
         elif hasattr(value, "bit_generator"):  # of NumPy's
             generator, drawn = value.bit_generator, value.bit_generator.state
-            same = functools.partial(_equal_text, lambda: generator.state, repr(drawn))
-            self._keep(where, same, functools.partial(setattr, generator, "state", drawn))
+            self._state(where, lambda: repr(generator.state), lambda _: setattr(generator, "state", drawn))
         elif is_iterator(value):
             self._state(where, lambda: repr(value.__reduce__()), lambda _: None)  # a copy's own
         elif type(value).__module__ == "numpy" and hasattr(value, "flags"):
             before = value.copy()
-            same = functools.partial(_same_array, value, before)
-            self._keep(where, same, lambda: value.__setitem__(..., before))
+            self._keep(
+                where,
+                lambda: bool(value.shape == before.shape and value.tobytes() == before.tobytes()),
+                lambda: value.__setitem__(..., before),
+            )
         elif is_holder(value):
             if hasattr(value, "__dict__"):
                 self._mapping(where, vars(value))
@@ -188,37 +190,27 @@ class PythonState:
             self._attribute(f"attribute {name!r} {where}", value, name, held)
 
     def _attribute(self, where: str, owner: Any, name: str, held: Any) -> None:
-        def put_back() -> None:
-            if held is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, held)
-
-        self._keep(where, lambda: _equal(getattr(owner, name, _MISSING), held), put_back)
+        self._keep(
+            where,
+            lambda: _equal(getattr(owner, name, _MISSING), held),
+            lambda: setattr(owner, name, held),
+        )
         self._waiting.append((where, held))
 
     def _variable(self, namespace: dict[str, Any], name: str) -> None:
         where = f"the global {name!r}"
-        before = namespace[name]
-        self._keep(
-            where,
-            lambda: _equal(namespace.get(name, _MISSING), before),
-            lambda: namespace.__setitem__(name, before),
+        self._state(
+            where, lambda: namespace.get(name, _MISSING), functools.partial(namespace.__setitem__, name)
         )
-        self._waiting.append((where, before))
+        self._waiting.append((where, namespace[name]))
 
     def _cell(self, cell: types.CellType) -> None:
         if id(cell) in self._seen:
             return
         self._seen[id(cell)] = cell
-        before = cell_value(cell)
         where = "a variable of an enclosing function"
-        self._keep(
-            where,
-            lambda: _equal(cell_value(cell), before),
-            lambda: setattr(cell, "cell_contents", before),
-        )
-        self._waiting.append((where, before))
+        self._state(where, lambda: cell_value(cell), functools.partial(setattr, cell, "cell_contents"))
+        self._waiting.append((where, cell_value(cell)))
 
     def _class(self, cls: type) -> None:
         place = f"of the class {cls.__name__}"
@@ -253,14 +245,6 @@ def _equal(now: Any, before: Any) -> bool:
         return bool(now == before)
     plain = isinstance(before, (*_PLAIN, torch.dtype, torch.device))
     return plain and bool(now == before)
-
-
-def _equal_text(now: Callable[[], Any], before: str) -> bool:
-    return repr(now()) == before
-
-
-def _same_array(now: Any, before: Any) -> bool:
-    return bool(now.shape == before.shape and now.tobytes() == before.tobytes())
 
 
 # --- caches of functions ----------------------------------------------------------------------------------

@@ -47,12 +47,9 @@ class Watch:
         """Watch for as long as the context lasts."""
         handles = []
         for module in self._twin.root.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
         parameters = dict(self._twin.root.named_parameters())
         try:
             with ProductMode(parameters, self._product):
