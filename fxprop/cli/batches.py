@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +37,16 @@ def read_batches(args: argparse.Namespace) -> list[Any] | None:
     """Those of the user's function; then inputs of their shape are the model's, unless --input is given."""
     if args.batches is None:
         return None
-    batches = _batches(args)
+    make = named_object(args.batches)
+    try:
+        batches = list(itertools.islice(make() if callable(make) else make, args.count))
+    except Exception as error:
+        raise CommandError(f"--batches {args.batches}: {type(error).__name__}: {error}") from error
+    if not batches:
+        raise CommandError(f"--batches {args.batches}: expected mini-batches, and it gives none")
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise CommandError(f"--batches {args.batches}: expected pairs of input and labels")
     first = batches[0][0]
     if not args.input and isinstance(first, Tensor):
         dtype = str(first.dtype).removeprefix("torch.")
@@ -51,7 +59,8 @@ def batches_and_loss(
 ) -> tuple[list[Any], Callable[[nn.Module, Any], Tensor]]:
     """The user's, or random numbers, as `fxprop.fidelity` takes it."""
     if batches is not None:
-        return batches, functools.partial(_labelled, _LOSSES[args.loss])
+        loss = _LOSSES[args.loss]
+        return batches, lambda gm, batch: loss(gm(batch[0]), batch[1])
     given = tuple(inputs or ()), dict(kwargs)
     return [tree_map(_another, given) for _ in range(max(args.count, 2))], _mean_square
 
@@ -67,21 +76,3 @@ def _mean_square(gm: nn.Module, batch: Any) -> Tensor:
     args, kwargs = batch
     outputs = [t for t in tree_leaves(gm(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
     return torch.stack([t.float().square().mean() for t in outputs]).sum()
-
-
-def _labelled(loss: _Loss, gm: nn.Module, batch: Any) -> Tensor:
-    return loss(gm(batch[0]), batch[1])
-
-
-def _batches(args: argparse.Namespace) -> list[Any]:
-    make = named_object(args.batches)
-    try:
-        batches = list(itertools.islice(make() if callable(make) else make, args.count))
-    except Exception as error:
-        raise CommandError(f"--batches {args.batches}: {type(error).__name__}: {error}") from error
-    if not batches:
-        raise CommandError(f"--batches {args.batches}: expected mini-batches, and it gives none")
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise CommandError(f"--batches {args.batches}: expected pairs of input and labels")
-    return batches

@@ -14,7 +14,7 @@ from torch import nn
 from fxprop.cli.options import (
     add_model_options,
     add_policy_options,
-    add_tune_cache,
+    add_tune_options,
     command,
     complete_with,
     on_model,
@@ -57,10 +57,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--channels-last", action="store_true", help="model and images in channels_last")
     bench.add_argument("--compile", action="store_true", help="run every variant through torch.compile")
     bench.add_argument("--sites", action="store_true", help="also time every rewritten layer alone")
-    bench.add_argument(
-        "--tune", action="store_true", help="leave dense every layer that measures no faster"
-    )
-    add_tune_cache(bench)
+    add_tune_options(bench, "leave dense every layer that measures no faster")
     bench.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     picture = bench.add_argument("--plot", metavar="FILE", help="backward time over keep, .svg or .png")
     complete_with(picture, "FILE")
@@ -75,7 +72,7 @@ def _bench(args: argparse.Namespace) -> str:
     measurements = []
     for name in args.model:
         of_model = argparse.Namespace(**{**vars(args), "model": name})
-        run = functools.partial(_measure, args, policies, name)
+        run = functools.partial(_measure, of_model, policies)
         measurements.append(on_model(of_model, run, real=True))
     if args.plot is not None:
         plot(dict(zip(args.model, measurements, strict=True)), args.plot)
@@ -85,29 +82,24 @@ def _bench(args: argparse.Namespace) -> str:
 def _measure(
     args: argparse.Namespace,
     policies: list[Policy],
-    name: str,
     model: nn.Module,
     inputs: Any,
+    example_kwargs: Any,
     **rest: Any,
 ) -> Measurement:
-    device = torch.device(args.device)
-    model.to(device)
     layout = torch.channels_last if args.channels_last else torch.preserve_format
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(args.device).to(memory_format=layout)
 
     def place(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        value = value.to(device)
-        return value.to(memory_format=layout) if value.dim() == 4 else value
+        return value.to(args.device, memory_format=layout if value.dim() == 4 else torch.preserve_format)
 
-    kwargs = tree_map(place, rest.pop("example_kwargs"))
     measurement = measure(
         model,
         policies,
         tree_map(place, inputs),
-        example_kwargs=kwargs,
+        example_kwargs=tree_map(place, example_kwargs),
         rounds=args.rounds,
         compile=args.compile,
         amp=_AMP.get(args.amp),
@@ -117,7 +109,7 @@ def _measure(
         progress=shows_progress(args),
         **rest,
     )
-    return replace(measurement, model=name)
+    return replace(measurement, model=args.model)
 
 
 def _text(args: argparse.Namespace, measurements: list[Measurement]) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from fxprop.cli.options import (
     add_model_options,
     add_policy_options,
-    add_tune_cache,
+    add_tune_options,
     by_policy,
     command,
     complete_with,
@@ -65,10 +65,7 @@ def add_code(commands: Any) -> None:
     add_model_options(layer)
     layer.add_argument("layer", metavar="LAYER", help="a name that `fxprop layers MODEL` lists")
     add_policy_options(layer)
-    layer.add_argument(
-        "--tune", action="store_true", help="time its backward first, dense and sparse, on this machine"
-    )
-    add_tune_cache(layer)
+    add_tune_options(layer, "time its backward first, dense and sparse, on this machine")
 
     files = command(
         commands,
@@ -121,8 +118,7 @@ def _explain(args: argparse.Namespace) -> str:
             )
         return explain(gm, args.layer)
 
-    text: str = by_policy(args, of_layer, real=args.tune)
-    return text
+    return by_policy(args, of_layer, real=args.tune)
 
 
 def _dump(args: argparse.Namespace) -> str:

@@ -89,8 +89,7 @@ def _fidelity(args: argparse.Namespace) -> str:
         text = found.render("github" if args.format == "markdown" else "simple")
         return text if args.batches is not None else f"{text}\n\nOn random numbers: see --batches."
 
-    text: str = by_policy(args, compare, real=True)
-    return text
+    return by_policy(args, compare, real=True)
 
 
 def _plan(args: argparse.Namespace) -> str:
@@ -113,5 +112,4 @@ def _plan(args: argparse.Namespace) -> str:
         style = "github" if args.format == "markdown" else "simple"
         return found.render(style, judged=args.batches is not None)
 
-    text: str = on_model(args, find, real=True)
-    return text
+    return on_model(args, find, real=True)

@@ -8,15 +8,17 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fxprop import settings
-from fxprop.cli.models.sources import Loaded, Source, load
+from fxprop.cli.models.sources import Source, load
 from fxprop.errors import CommandError, ValuesNeededError
 from fxprop.pipeline.arguments import FRONTENDS
 from fxprop.policy.files import load_policy
 from fxprop.policy.policy import Policy
 from fxprop.progress import stage
+
+Result = TypeVar("Result")
 
 _DEFAULT_KEEP = 0.05
 _PRESETS: dict[str, Callable[..., Policy]] = {"exact": Policy, "fast": Policy.fast}
@@ -141,8 +143,9 @@ def _help(setting: settings.Setting) -> str:
     return f"{meaning} ({setting.values}; default {setting.default})".replace("%", "%%")
 
 
-def add_tune_cache(parser: argparse.ArgumentParser) -> None:
-    """Where timings of --tune are kept."""
+def add_tune_options(parser: argparse.ArgumentParser, does: str) -> None:
+    """--tune, which `does` something, and where its timings are kept."""
+    parser.add_argument("--tune", action="store_true", help=does)
     cache = parser.add_argument(
         "--tune-cache", metavar="FILE", help="JSON file to keep the timings of --tune in"
     )
@@ -168,11 +171,10 @@ def policy_of(args: argparse.Namespace) -> Policy:
     given: dict[str, Any] = {}
     if args.keep is not None:
         try:
-            given["keep"] = float(args.keep)
+            # in place of all that a file says of how much is kept
+            given = {**dict.fromkeys(settings.AMOUNTS), "keep": float(args.keep)}
         except ValueError as error:
             raise CommandError(f"--keep {args.keep}: expected a number with 0 < keep <= 1") from error
-        # in place of all that a file says of how much is kept
-        given = {**dict.fromkeys(settings.AMOUNTS), **given}
     for setting in _OPTIONS:
         if getattr(args, setting.name) is not None:
             given[setting.name] = getattr(args, setting.name)
@@ -188,21 +190,19 @@ def policy_of(args: argparse.Namespace) -> Policy:
     return replace(policy, **given)
 
 
-def by_policy(args: argparse.Namespace, function: Callable[..., Any], real: bool = False) -> Any:
+def by_policy(args: argparse.Namespace, function: Callable[..., Result], real: bool = False) -> Result:
     """What `function`, such as `transform`, makes of the model by the policy that the options say."""
     policy = policy_of(args)
     return on_model(args, lambda model, *rest, **options: function(model, policy, *rest, **options), real)
 
 
-def _source(args: argparse.Namespace) -> Source:
-    return Source(args.model, args.weights, args.model_args, args.input, args.unsafe_pickle)
-
-
-def on_model(args: argparse.Namespace, use: Callable[..., Any], real: bool = False) -> Any:
+def on_model(args: argparse.Namespace, use: Callable[..., Result], real: bool = False) -> Result:
     """`use(model, inputs, options...)`, with real data if asked to or if the model reads values."""
-    source = replace(_source(args), real=real)
+    source = Source(args.model, args.weights, args.model_args, args.input, args.unsafe_pickle, real)
 
-    def run(loaded: Loaded) -> Any:
+    def run(source: Source) -> Result:
+        with stage(f"building {source.model}"):
+            loaded = load(source)
         return use(
             loaded.model,
             loaded.inputs or None,
@@ -212,11 +212,6 @@ def on_model(args: argparse.Namespace, use: Callable[..., Any], real: bool = Fal
         )
 
     try:
-        return run(_load(source))
+        return run(source)
     except ValuesNeededError:
-        return run(_load(replace(source, real=True)))
-
-
-def _load(source: Source) -> Loaded:
-    with stage(f"building {source.model}"):
-        return load(source)
+        return run(replace(source, real=True))

@@ -24,11 +24,11 @@ from fxprop.errors import CommandError
 from fxprop.inspection.code import code_diff
 from fxprop.ops.selections import SELECTIONS
 from fxprop.pipeline.recipe import recipe_of
-from fxprop.pipeline.transform import Transformed, estimate, layers, transform
+from fxprop.pipeline.transform import estimate, layers, transform
 from fxprop.plan.sites import Site
 from fxprop.report.by_module import Depth
 from fxprop.report.forms import picture as plot
-from fxprop.report.report import WIDTH, Report
+from fxprop.report.report import WIDTH
 from fxprop.report.wording import shape
 
 # columns of the list of layers that a narrow terminal does without, first those that say least
@@ -105,9 +105,9 @@ def add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> str:
     if args.format == "html":
-        made: Transformed = by_policy(args, transform)
+        made = by_policy(args, transform)
         return made.report.to_html(code_diff(made.module), recipe_of(made.module).backward)
-    report: Report = by_policy(args, estimate)
+    report = by_policy(args, estimate)
     depth: Depth = "all" if args.all else args.depth
     if args.format == "text":
         return report.to_text(None if args.output == "-" else WIDTH, depth)

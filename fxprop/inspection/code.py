@@ -13,8 +13,8 @@ from torch import fx, nn
 from fxprop.errors import ExamplesError
 from fxprop.graph.rewrite import made_for
 from fxprop.ops.selections import SELECTIONS
-from fxprop.pipeline.recipe import recipe_of
-from fxprop.plan.decisions import Decision, Plan
+from fxprop.pipeline.recipe import Recipe, recipe_of
+from fxprop.plan.decisions import Decision
 from fxprop.progress import stage
 from fxprop.tracing.module.traced_module import TracedModule
 
@@ -80,11 +80,7 @@ def code_diff(gm: nn.Module) -> str:
 def code_changes(gm: nn.Module) -> tuple[Change, ...]:
     """The hunks of `code_diff` as records, in the order of the code."""
     recipe = recipe_of(gm)
-    changes: list[Change] = []
-    for section in _sections(gm):
-        plan = recipe.plans[recipe.mode(section.module.training)]
-        changes += _changes(section, plan)
-    return tuple(changes)
+    return tuple(change for section in _sections(gm) for change in _changes(section, recipe))
 
 
 def code_lines(gm: nn.Module, decision: Decision) -> tuple[str, ...]:
@@ -214,10 +210,10 @@ def _assigned_name(line: str) -> str | None:
     return match[1] if match else None
 
 
-def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
+def _changes(section: _Section, recipe: Recipe) -> Iterator[Change]:
     """What differs, layer by layer: the lines of no layer are the same nodes in the same order."""
     decisions, of_before = {}, {}
-    for decision in plan.rewritten:
+    for decision in recipe.plans[recipe.mode(section.module.training)].rewritten:
         if decision.site.graph == section.path and decision.site.is_node:
             decisions[decision.site.name] = decision
             behind = decision.region.nodes if decision.region else ()
@@ -226,11 +222,18 @@ def _changes(section: _Section, plan: Plan) -> Iterator[Change]:
     new = _runs(section.after, made_for(section.module.fx_graphs[section.module.training]))
     at_old = at_new = 0
     above, below = section.skipped
-    ahead = _Ahead(new)
+    place = {run.layer: at for at, run in enumerate(new)}
+    stretch = list(itertools.accumulate((run.layer is None for run in new), initial=0))
+
+    def is_ahead(layer: str) -> bool:
+        """Whether its lines are still to come before the next lines of no layer."""
+        at = place.get(layer, -1)
+        return at > at_new and stretch[at] == stretch[at_new]
+
     while at_old < len(old) or at_new < len(new):
         ours = old[at_old].layer if at_old < len(old) else None
         layer = new[at_new].layer if at_new < len(new) else None
-        if ours is not None and not ahead.has(ours, at_new):
+        if ours is not None and not is_ahead(ours):
             layer = ours
         before: tuple[str, ...] = ()
         after: tuple[str, ...] = ()
@@ -250,19 +253,6 @@ class _Run(NamedTuple):
 
     layer: str | None
     lines: tuple[str, ...]
-
-
-class _Ahead:
-    """Which layers' lines are still to come before the next lines of no layer."""
-
-    def __init__(self, runs: Sequence[_Run]) -> None:
-        self._place = {run.layer: at for at, run in enumerate(runs)}
-        self._stretch = list(itertools.accumulate((run.layer is None for run in runs), initial=0))
-
-    def has(self, layer: str, at: int) -> bool:
-        """Whether `layer` has a run behind the one at `at`, and none of no layer lies between."""
-        place = self._place.get(layer, -1)
-        return place > at and self._stretch[place] == self._stretch[at]
 
 
 def _runs(lines: Sequence[str], owners: Mapping[str, str]) -> list[_Run]:

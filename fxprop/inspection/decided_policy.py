@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
 from typing import Any
 
 from fxprop.pipeline.recipe import Recipe
-from fxprop.plan.decisions import Decision, Sparsity
+from fxprop.plan.decisions import Decision
 from fxprop.policy.policy import Policy, Rule
 from fxprop.settings import OF_LAYERS
 
@@ -24,21 +23,16 @@ def make_decided_policy(recipe: Recipe) -> Policy:
     for plan in recipe.plans.values():
         for decision in plan.decisions:
             decisions.setdefault(decision.site.name, decision)
-    return Policy(rules=[_rule(decision) for decision in _later_uses_first(decisions.values())])
-
-
-def _later_uses_first(decisions: Iterable[Decision]) -> list[Decision]:
-    """In an order in which the rule for a weight's first use does not take its second ("fc#2")."""
-    decided = [decision for decision in decisions if decision.status != "skipped"]
-    return sorted(decided, key=lambda decision: "#" not in decision.site.name)
+    decided = [decision for decision in decisions.values() if decision.status != "skipped"]
+    # the rule for a weight's first use must not take its second ("fc#2")
+    decided.sort(key=lambda decision: "#" not in decision.site.name)
+    return Policy(rules=[_rule(decision) for decision in decided])
 
 
 def _rule(decision: Decision) -> Rule:
     name, sparsity = glob.escape(decision.site.name), decision.sparsity
-    return Rule(name=name, keep=1.0) if sparsity is None else _sparse(name, sparsity)
-
-
-def _sparse(name: str, sparsity: Sparsity) -> Rule:
+    if sparsity is None:
+        return Rule(name=name, keep=1.0)
     given = {setting.name: getattr(sparsity, setting.name) for setting in OF_LAYERS}
     amount: dict[str, Any] = {"k": sparsity.k} if sparsity.share is None else {"keep": sparsity.share}
     if not sparsity.is_one or not sparsity.k:

@@ -148,12 +148,11 @@ def _flops(decision: Decision, layer: Layer) -> Iterator[tuple[str, str]]:
 def _formula(decision: Decision) -> str:
     """The multiply-adds as a product, where they are the output's entries times the fan-in."""
     site = decision.site
-    if site.output_shape is None or site.weight_shape is None:
-        return f"{site.multiply_adds:,}"
-    fan_in = site.weight_shape[1:]
-    if math.prod((*site.output_shape, *fan_in)) != site.multiply_adds:
-        return f"{site.multiply_adds:,}"
-    return f"({_times(site.output_shape)}) outputs x ({_times(fan_in)}) fan-in"
+    if site.output_shape is not None and site.weight_shape is not None:
+        fan_in = site.weight_shape[1:]
+        if math.prod((*site.output_shape, *fan_in)) == site.multiply_adds:
+            return f"({_times(site.output_shape)}) outputs x ({_times(fan_in)}) fan-in"
+    return f"{site.multiply_adds:,}"
 
 
 def _times(shape: Shape, sign: str = " x ") -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from fxprop.report.records import Layer
 
@@ -41,22 +41,14 @@ class Row:
 
     def total(self, column: Column) -> int | None:
         """FLOPs of both gradients of all its layers; None where unknown."""
-        return self._totals[column]
-
-    @cached_property
-    def _totals(self) -> Mapping[Column, int | None]:
-        return {column: _sum(self.layers, column) for column in get_args(Column)}
+        counts = [getattr(layer, column) for layer in self.layers]
+        return None if None in counts else sum(count.total for count in counts)
 
     @property
     def saved(self) -> float | None:
         """The share of the dense backward that is not executed; None where there is none."""
         dense, executed = self.total("dense"), self.total("executed")
         return None if not dense or executed is None else 1 - executed / dense
-
-
-def _sum(layers: Sequence[Layer], column: Column) -> int | None:
-    counts = [getattr(layer, column) for layer in layers]
-    return None if None in counts else sum(count.total for count in counts)
 
 
 def rows_of(layers: Sequence[Layer], depth: Depth = None) -> tuple[Row, ...]:

@@ -66,6 +66,10 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         status=decision.status,
         reason=decision.reason,
         decided_by=decision.decided_by,
+        source=site.source,
+        graph=site.graph,
+        region=decision.region.label if decision.region else None,
+        left_out=decision.dropped,
         input_shape=site.input_shape,
         weight_shape=site.weight_shape,
         output_shape=site.output_shape,
@@ -75,42 +79,40 @@ def _layer(decision: Decision, counted: bool) -> Layer:
         k=sparsity.k if sparsity else None,
         k_input=sparsity.of_each[0] if sparsity else None,
         k_weight=sparsity.of_each[1] if sparsity else None,
-        reached=decision.reached,
         n=sparsity.n if sparsity else None,
-        source=site.source,
-        graph=site.graph,
-        region=decision.region.label if decision.region else None,
         weight_grad=sparsity.weight_grad if sparsity else None,
         chain=sparsity.chain.upstream if sparsity and sparsity.chain else None,
-        left_out=decision.dropped,
+        reached=decision.reached,
     )
     if not counted:
         return layer
-    known = site.multiply_adds is not None and site.output_shape is not None
-    if decision.status == "skipped" or not known:
-        return layer.with_counts(0, _NOTHING, _NOTHING, _NOTHING, 0)
-    assert site.multiply_adds is not None
+    forward, dense, sparse, executed, select_ops = _counts(decision)
+    return replace(
+        layer, forward=forward, dense=dense, sparse=sparse, executed=executed, select_ops=select_ops
+    )
 
+
+def _counts(decision: Decision) -> tuple[int, Gradients, Gradients, Gradients, int]:
+    """`forward`, `dense`, `sparse`, `executed` and `select_ops` of a layer."""
+    site, sparsity = decision.site, decision.sparsity
+    if decision.status == "skipped" or site.multiply_adds is None or site.output_shape is None:
+        return 0, _NOTHING, _NOTHING, _NOTHING, 0
     forward = 2 * site.multiply_adds
     needs = (site.needs_grad_input, site.needs_grad_weight)
     dense = _gradients([forward, forward], needs)
     if not decision.reached:
-        return layer.with_counts(forward, dense, _NOTHING, _NOTHING, 0)
+        return forward, dense, _NOTHING, _NOTHING, 0
     if sparsity is None:
-        return layer.with_counts(forward, dense, dense, dense, 0)
-    per_gradient = [forward * k // sparsity.n for k in sparsity.of_each]
-    sparse = _gradients(per_gradient, needs)
+        return forward, dense, dense, dense, 0
+    sparse = _gradients([forward * k // sparsity.n for k in sparsity.of_each], needs)
     if sparsity.chain is not None and site.input_shape is not None:
-        sparse = replace(
-            sparse, grad_input=_count_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
-        )
+        chained = _count_chained(sparse.grad_input, sparsity.chain, site.input_shape[0])
+        sparse = replace(sparse, grad_input=chained)
     assert site.axes is not None
-    selection = SELECTIONS[sparsity.select]
-    executed = (
-        sparse if selection.of_slices else _executed_for_entries(site.axes, sparsity, needs, sparse, dense)
-    )
-    select_ops = _select_ops(site.axes, sparsity, needs)
-    return layer.with_counts(forward, dense, sparse, executed, select_ops)
+    executed = sparse
+    if not SELECTIONS[sparsity.select].of_slices:
+        executed = _executed_for_entries(site.axes, sparsity, needs, sparse, dense)
+    return forward, dense, sparse, executed, _select_ops(site.axes, sparsity, needs)
 
 
 def _executed_for_entries(
@@ -120,11 +122,11 @@ def _executed_for_entries(
     selection = SELECTIONS[sparsity.select]
     alone = None if selection.exact else selection.alone(axes)
     products = sum(needs) if sparsity.is_one else 1
-    counts = []
-    for name, k in zip(("grad_input", "grad_weight"), sparsity.of_each, strict=True):
-        is_alone = not k or (alone is not None and alone.wins(k, products, axes.examples))
-        counts.append(getattr(sparse if is_alone else dense, name))
-    return Gradients(*counts)
+    for_input, for_weight = (
+        sparse if not k or (alone is not None and alone.wins(k, products, axes.examples)) else dense
+        for k in sparsity.of_each
+    )
+    return Gradients(for_input.grad_input, for_weight.grad_weight)
 
 
 def _select_ops(axes: Axes, sparsity: Sparsity, needs: tuple[bool, bool]) -> int:

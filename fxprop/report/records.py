@@ -40,30 +40,16 @@ class Gradients:
         return {"grad_input": self.grad_input, "grad_weight": self.grad_weight}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One site in the report. FLOP fields are None where there were no example inputs."""
+    """One site in the report, its fields in the schema's order. FLOPs are None without example inputs."""
 
     name: str
     op: str
     status: Status
     reason: str | None
     decided_by: str
-    input_shape: Shape | None
-    weight_shape: Shape | None
-    output_shape: Shape | None
-    groups: int
-    select: Select | None
-    score: str | None
-    # the larger of the two below
-    k: int | None
-    n: int | None
     source: str | None
-    # kept for grad_input and for grad_weight
-    k_input: int | None = None
-    k_weight: int | None = None
-    # whether a gradient arrives: not where all layers behind it keep nothing for grad_input
-    reached: bool = True
     # qualified name of the module whose graph or code it is in; "" is the model itself
     graph: str = ""
     # what is rewritten with the layer: "batch_norm + relu"; None if it is rewritten alone
@@ -74,6 +60,20 @@ class Layer:
     chain: str | None = None
     # settings that have no meaning at the layer, and why
     left_out: tuple[str, ...] = ()
+    input_shape: Shape | None
+    weight_shape: Shape | None
+    output_shape: Shape | None
+    groups: int
+    select: Select | None
+    score: str | None
+    # the larger of the two below
+    k: int | None
+    # kept for grad_input and for grad_weight
+    k_input: int | None = None
+    k_weight: int | None = None
+    n: int | None
+    # whether a gradient arrives: not where all layers behind it keep nothing for grad_input
+    reached: bool = True
     forward: int | None = None
     # the ordinary backward
     dense: Gradients | None = None
@@ -83,24 +83,6 @@ class Layer:
     executed: Gradients | None = None
     # element operations spent on scoring and top-k
     select_ops: int | None = None
-
-    def with_counts(
-        self,
-        forward: int,
-        dense: Gradients,
-        sparse: Gradients,
-        executed: Gradients,
-        select_ops: int,
-    ) -> Layer:
-        """This layer with its numbers filled in."""
-        return replace(
-            self,
-            forward=forward,
-            dense=dense,
-            sparse=sparse,
-            executed=executed,
-            select_ops=select_ops,
-        )
 
     def of_part(self, k: int, n: int) -> Layer:
         """This layer where k of n examples enter its backward."""
@@ -115,43 +97,13 @@ class Layer:
 
     def to_dict(self) -> dict[str, Any]:
         """As in the report schema."""
-
-        def gradients(of: Gradients | None) -> dict[str, int] | None:
-            return None if of is None else of.to_dict()
-
-        return {
-            "name": self.name,
-            "op": self.op,
-            "status": self.status,
-            "reason": self.reason,
-            "decided_by": self.decided_by,
-            "source": self.source,
-            "graph": self.graph,
-            "region": self.region,
-            "weight_grad": self.weight_grad,
-            "chain": self.chain,
-            "left_out": list(self.left_out),
-            "input_shape": _as_list(self.input_shape),
-            "weight_shape": _as_list(self.weight_shape),
-            "output_shape": _as_list(self.output_shape),
-            "groups": self.groups,
-            "select": self.select,
-            "score": self.score,
-            "k": self.k,
-            "k_input": self.k_input,
-            "k_weight": self.k_weight,
-            "n": self.n,
-            "reached": self.reached,
-            "forward": self.forward,
-            "dense": gradients(self.dense),
-            "sparse": gradients(self.sparse),
-            "executed": gradients(self.executed),
-            "select_ops": self.select_ops,
-        }
+        return {name: _plain(value) for name, value in vars(self).items()}
 
 
-def _as_list(shape: Shape | None) -> list[int] | None:
-    return None if shape is None else list(shape)
+def _plain(value: Any) -> Any:
+    if isinstance(value, Gradients):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,10 @@ class Unit:
     @classmethod
     def of(cls, largest: int | None) -> Unit:
         """The unit in which `largest`, the sum of all, has one to three digits and six in all."""
-        for power, prefix in _PREFIXES:
-            size = 10**power
-            if (largest or 0) >= size:
-                digits = len(str((largest or 0) // size))
-                return cls(prefix, size, max(0, _SIGNIFICANT - digits) if power else 0)
-        return cls("", 1, 0)
+        count = max(largest or 0, 1)
+        power, prefix = next(of for of in _PREFIXES if count >= 10 ** of[0])
+        digits = len(str(count // 10**power))
+        return cls(prefix, 10**power, max(0, _SIGNIFICANT - digits) if power else 0)
 
     def __str__(self) -> str:
         return f"{self.prefix}FLOP"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprop.ops.activations import ACTIVATIONS
 from fxprop.ops.catalogue import OPERATORS, Operator, arguments
@@ -87,7 +87,13 @@ def time_site(site: Site, sparsity: Sparsity, conditions: Conditions, rounds: in
         bias = torch.randn(site.out_channels, **made, requires_grad=site.needs_grad_weight)
     product = Product(site.op, input, weight, bias, site.call.constants)
     leaves = [t for t in (input, weight, bias) if t is not None and t.requires_grad]
-    outputs = [build(site, sparsity, product, leaves, made) for build in (_dense, _sparse)]
+    outputs = []
+    for build in (_dense, _sparse):
+        norm = None
+        if sparsity.region and site.region is not None and site.region.norm_class is not None:
+            norm = site.region.norm_class(*site.region.norm_arguments, **made)
+            leaves += norm.parameters() if site.needs_grad_weight else ()
+        outputs.append(build(site, sparsity, product, norm))
     gradient = torch.randn_like(outputs[0])
 
     def backward(output: Tensor) -> Callable[[], Any]:
@@ -99,56 +105,37 @@ def time_site(site: Site, sparsity: Sparsity, conditions: Conditions, rounds: in
     return SiteTimes(dense, sparse)
 
 
-def _dense(
-    site: Site, sparsity: Sparsity, product: Product, leaves: list[Tensor], made: dict[str, Any]
-) -> Tensor:
+def _dense(site: Site, sparsity: Sparsity, product: Product, norm: nn.Module | None) -> Tensor:
     args, kwargs = arguments(product)
     # an operator that keeps everything is the dense function
     output: Tensor = OPERATORS[site.op].sparse(*args, **kwargs, k=2**62)
-    if sparsity.region:
-        assert site.region is not None
-        if site.region.norm_class is not None:
-            output = _norm(site, leaves, made)(output)
-        if site.region.activation is not None:
-            output = ACTIVATIONS[site.region.activation](output)
+    if norm is not None:
+        output = norm(output)
+    if sparsity.region and site.region is not None and site.region.activation is not None:
+        output = ACTIVATIONS[site.region.activation](output)
     return output
 
 
-def _sparse(
-    site: Site, sparsity: Sparsity, product: Product, leaves: list[Tensor], made: dict[str, Any]
-) -> Tensor:
+def _sparse(site: Site, sparsity: Sparsity, product: Product, norm: nn.Module | None) -> Tensor:
     args, kwargs = arguments(product)
     called: Operator | RegionKind = OPERATORS[site.op]
     if sparsity.region:
         assert site.region is not None
         called = site.region.kind
         kwargs = {**kwargs, "activation": site.region.activation}
-        if site.region.norm_class is not None:
-            args = (*args, _norm(site, leaves, made))
+        args = args if norm is None else (*args, norm)
     output: Tensor = called.sparse(*args, **kwargs, **sparsity.keep.arguments(called.without))
     return output
-
-
-def _norm(site: Site, leaves: list[Tensor], made: dict[str, Any]) -> torch.nn.Module:
-    """A norm like that of the site's region."""
-    assert site.region is not None
-    assert site.region.norm_class is not None
-    norm: torch.nn.Module = site.region.norm_class(*site.region.norm_arguments, **made)
-    if site.needs_grad_weight:
-        leaves.extend(norm.parameters())
-    return norm
 
 
 def time_interleaved(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
     """Median seconds of each call; every round makes all of them, so that a slow moment hits all."""
 
     def seconds(call: Callable[[], Any], times: int) -> float:
-        _wait(device)
-        start = time.perf_counter()
+        start = now(device)
         for _ in range(times):
             call()
-        _wait(device)
-        return (time.perf_counter() - start) / times
+        return (now(device) - start) / times
 
     for call in calls:
         call()
@@ -157,6 +144,8 @@ def time_interleaved(calls: list[Callable[[], Any]], rounds: int, device: torch.
     return [statistics.median(of_call) for of_call in zip(*by_round, strict=True)]
 
 
-def _wait(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """The clock in seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +22,7 @@ from fxprop.policy.step_time import Clock
 from fxprop.progress import count
 from fxprop.pytree import tree_leaves
 from fxprop.settings import AMOUNTS
+from fxprop.timing.layer_times import now
 from fxprop.timing.measurement import Measurement, SiteRow, Step, Variant
 from fxprop.timing.tune import site_times, tune
 
@@ -164,7 +163,7 @@ class _Runner:
 
     def __init__(
         self,
-        module: Callable[..., Any],
+        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         amp: torch.dtype | None,
@@ -172,20 +171,19 @@ class _Runner:
     ) -> None:
         self._module, self._args, self._kwargs = module, args, kwargs
         self._amp, self._device = amp, device
-        assert isinstance(module, nn.Module)
         # so small a rate that many steps leave the model where it is
         self._optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
 
     def step(self) -> Step:
         """One training step, timed."""
         self._optimizer.zero_grad()
-        start = self._now()
+        start = now(self._device)
         loss = self._loss()
-        forward = self._now()
+        forward = now(self._device)
         torch.autograd.backward(loss)
-        backward = self._now()
+        backward = now(self._device)
         self._optimizer.step()
-        return Step(forward - start, backward - forward, self._now() - backward)
+        return Step(forward - start, backward - forward, now(self._device) - backward)
 
     def memory(self) -> tuple[int, int | None]:
         """Bytes saved for the backward, and the highest allocation of a step."""
@@ -196,7 +194,7 @@ class _Runner:
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        own = {t.untyped_storage().data_ptr() for t in self._parameters()}
+        own = {p.untyped_storage().data_ptr() for p in self._module.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = self._loss()
         saved = sum(size for pointer, size in sizes.items() if pointer not in own)
@@ -207,14 +205,9 @@ class _Runner:
         self.step()
         return saved, torch.cuda.max_memory_allocated(self._device)
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
     def _loss(self) -> Tensor:
-        context: AbstractContextManager[Any] = contextlib.nullcontext()
-        if self._amp is not None:
-            context = torch.autocast(self._device.type, dtype=self._amp)
-        with context:
+        amp = self._amp
+        with torch.autocast(self._device.type, dtype=amp) if amp else contextlib.nullcontext():
             outputs = tree_leaves(self._module(*self._args, **self._kwargs))
             losses = [
                 t.float().square().mean() for t in outputs if isinstance(t, Tensor) and t.requires_grad
@@ -225,11 +218,6 @@ class _Runner:
                     "under no_grad?"
                 )
             return torch.stack(losses).sum()
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def _check_real(inputs: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -25,6 +25,9 @@ class Step(NamedTuple):
     def total(self) -> float:
         """The whole step."""
         return sum(self)
+
+
+_PARTS = (*Step._fields, "total")
 
 
 class SiteRow(NamedTuple):
@@ -58,6 +61,10 @@ class Variant:
     clock: Clock | None = None
 
 
+def _median(variant: Variant, part: str) -> float:
+    return float(statistics.median(getattr(step, part) for step in variant.steps))
+
+
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -71,7 +78,7 @@ class Measurement:
 
     model: str
     setting: Mapping[str, Any]
-    variants: tuple[Variant, ...] = field(default_factory=tuple)
+    variants: tuple[Variant, ...] = ()
 
     def speedups(self, variant: Variant, part: str = "backward") -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of dense over `variant`, round by round.
@@ -99,10 +106,7 @@ class Measurement:
                     "rewritten": variant.rewritten,
                     "keep": variant.keep,
                     "realised": self.realised(variant),
-                    "median": {
-                        part: statistics.median(getattr(step, part) for step in variant.steps)
-                        for part in (*Step._fields, "total")
-                    },
+                    "median": {part: _median(variant, part) for part in _PARTS},
                     "speedup": {
                         part: dict(zip(("q1", "median", "q3"), self.speedups(variant, part), strict=True))
                         for part in ("backward", "total")
@@ -143,14 +147,10 @@ class Measurement:
         headers += ["saved\nMiB", *(["peak\nMiB"] if peaks else [])]
         rows = []
         for variant in self.variants:
-            parts = [
-                [getattr(step, part) for step in variant.steps]
-                for part in ("forward", "backward", "optimizer", "total")
-            ]
             row = [
                 variant.name,
                 f"{100 * variant.saving:.1f} %",
-                *(f"{1000 * statistics.median(part):.1f}" for part in parts),
+                *(f"{1000 * _median(variant, part):.1f}" for part in _PARTS),
                 f"{variant.saved_bytes / 2**20:.0f}",
             ]
             rows.append([*row, f"{(variant.peak_bytes or 0) / 2**20:.0f}"] if peaks else row)

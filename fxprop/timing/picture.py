@@ -25,12 +25,8 @@ def plot(measurements: Mapping[str, Measurement], file: str | os.PathLike[str]) 
     figure = blank(7, 4.5)
     axes: Any = figure.subplots()
     for name, points in lines.items():
-        keeps, times, low, high, ideal = zip(*points, strict=True)
-        spread = (
-            [time - least for time, least in zip(times, low, strict=True)],
-            [most - time for time, most in zip(times, high, strict=True)],
-        )
-        drawn = axes.errorbar(keeps, times, yerr=spread, marker="o", capsize=3, label=name)
+        keeps, times, below, above, ideal = zip(*points, strict=True)
+        drawn = axes.errorbar(keeps, times, yerr=(below, above), marker="o", capsize=3, label=name)
         axes.plot(keeps, ideal, linestyle=":", color=drawn[0].get_color(), label=f"{name}: FLOPs left")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="keep", ylabel="backward time, dense = 1", ylim=(0, None))
@@ -39,10 +35,11 @@ def plot(measurements: Mapping[str, Measurement], file: str | os.PathLike[str]) 
 
 
 def _points(measurement: Measurement) -> list[tuple[float, ...]]:
-    """(keep, median time, quartiles, ideal) relative to dense, by falling keep; keep 1 is dense itself."""
-    points = [(1.0, 1.0, 1.0, 1.0, 1.0)]
+    """(keep, median time, quartiles' distances from it, ideal), by falling keep; dense is 1, at keep 1."""
+    points = [(1.0, 1.0, 0.0, 0.0, 1.0)]
     for variant in measurement.variants:
         if variant.keep is not None:
             low, middle, high = measurement.speedups(variant)
-            points.append((variant.keep, 1 / middle, 1 / high, 1 / low, 1 - variant.saving))
+            time = 1 / middle
+            points.append((variant.keep, time, time - 1 / high, 1 / low - time, 1 - variant.saving))
     return sorted(points, reverse=True) if len(points) > 1 else []

@@ -17,7 +17,7 @@ from fxprop.pipeline.arguments import ExampleInputs
 from fxprop.pipeline.put_in_force import put_in_force, unwrap
 from fxprop.pipeline.recipe import attach, recipe_of
 from fxprop.pipeline.transform import layers, restore
-from fxprop.plan.decisions import Decision, Sparsity, Timing
+from fxprop.plan.decisions import Sparsity, Timing
 from fxprop.plan.sites import Site
 from fxprop.progress import count
 from fxprop.report.report import Report
@@ -70,7 +70,9 @@ def tune(
         (d.site.name, d.sparsity): d for plan in recipe.plans.values() for d in plan.rewritten if d.sparsity
     }
     for decision in count(rewritten.values(), "tuning", progress, "layer"):
-        site = with_shapes_of(decision, shapes)
+        site = decision.site
+        if (other := shapes.get(site.name)) is not None:
+            site = replace(site, input_shape=other.input_shape, output_shape=other.output_shape)
         assert decision.sparsity is not None
         sparsity = decision.sparsity.alone
         if not can_time(site) or (names is not None and site.name not in names):
@@ -87,20 +89,12 @@ def tune(
     return put_in_force(inner, recipe, recipe.policy)
 
 
-def with_shapes_of(decision: Decision, shapes: Mapping[str, Site]) -> Site:
-    """The decision's site, with the shapes that its namesake has."""
-    site, other = decision.site, shapes.get(decision.site.name)
-    if other is None:
-        return site
-    return replace(site, input_shape=other.input_shape, output_shape=other.output_shape)
-
-
 def conditions_of(model: nn.Module, example_inputs: ExampleInputs) -> Conditions:
     """Where and in what form the model computes: by its parameters, and its first image."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    given = [t for t in example_inputs or () if isinstance(t, torch.Tensor) and t.dim() == 4]
-    last = bool(given) and not given[0].is_contiguous()
-    last = last and given[0].is_contiguous(memory_format=torch.channels_last)
+    images = (t for t in example_inputs or () if isinstance(t, torch.Tensor) and t.dim() == 4)
+    image = next(images, torch.empty(0))
+    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
     return Conditions(parameter.device, parameter.dtype, last)
 
 
@@ -129,10 +123,10 @@ def site_times(
     inner = unwrap(gm)
     recipe = recipe_of(inner)
     conditions = conditions_of(inner, example_inputs)
-    plan = recipe.plans.get(inner.training) or recipe.plans[not inner.training]
     known: dict[str, SiteTimes] = {}
     timed = []
-    for decision in count(plan.rewritten, "layers", progress, "layer"):
+    rewritten = recipe.plans[recipe.mode(inner.training)].rewritten
+    for decision in count(rewritten, "layers", progress, "layer"):
         site, sparsity = decision.site, decision.sparsity
         assert sparsity is not None
         if can_time(site):

@@ -26,19 +26,16 @@ def load_exported_program(path: str, *, unsafe_pickle: bool) -> torch.export.Exp
     objects in it is refused, and everything else is read as tensors. Raises CommandError.
     """
     try:
-        if not unsafe_pickle:
-            objects = _objects_in(path)
-            if objects:
-                raise CommandError(
-                    f"{path} holds objects besides tensors ({', '.join(objects[:3])}), and loading them "
-                    "runs any code its author put there; if you trust it, add --unsafe-pickle"
-                )
-        with contextlib.nullcontext() if unsafe_pickle else _tensors_only():
-            return torch.export.load(path)
-    except CommandError:
-        raise
+        objects = [] if unsafe_pickle else _objects_in(path)
+        if not objects:
+            with contextlib.nullcontext() if unsafe_pickle else _tensors_only():
+                return torch.export.load(path)
     except Exception as error:
         raise CommandError(f"{path} cannot be read as an exported program: {error}") from error
+    raise CommandError(
+        f"{path} holds objects besides tensors ({', '.join(objects[:3])}), and loading them "
+        "runs any code its author put there; if you trust it, add --unsafe-pickle"
+    )
 
 
 def _objects_in(path: str) -> list[str]:

@@ -17,12 +17,10 @@ from torch import nn
 
 from fxprop.errors import CommandError
 
-_BATCH = 8
+BATCH = 8
 _TOKENS = 128
 _SECONDS_OF_AUDIO = 1
 _SAMPLE_RATE = 16000
-
-Inputs = Mapping[str, Any]
 
 
 def _library(name: str) -> Any:
@@ -33,28 +31,27 @@ def _library(name: str) -> Any:
 
 
 def _unknown_name(kind: str, name: str, known: list[str]) -> CommandError:
+    return CommandError(f"unknown {kind} {name!r}.{nearest(name, known)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A sentence with the names most like `name`, behind a space; empty where none is."""
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Nearest: {', '.join(near)}." if near else ""
-    return CommandError(f"unknown {kind} {name!r}.{hint}")
+    return f" Nearest: {', '.join(near)}." if near else ""
 
 
-def timm_model(
-    name: str, arguments: Mapping[str, Any], *, pretrained: bool
-) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, ...]]]:
-    """(how to build the model, its inputs given the model) for a timm name."""
+def timm_model(name: str, arguments: Mapping[str, Any], *, pretrained: bool) -> Callable[[], nn.Module]:
+    """How to build a timm model."""
     timm = _library("timm")
     if not timm.is_model(name):
         raise _unknown_name("timm model", name, timm.list_models())
+    return lambda: timm.create_model(name, pretrained=pretrained, **arguments)
 
-    def build() -> nn.Module:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-        return model
 
-    def inputs(model: nn.Module) -> tuple[Any, ...]:
-        config: Any = model.default_cfg
-        return (torch.empty(_BATCH, *config["input_size"], device="meta"),)
-
-    return build, inputs
+def timm_inputs(model: nn.Module) -> tuple[torch.Tensor]:
+    """Images of the size that a timm model is configured for."""
+    config: Any = model.default_cfg
+    return (torch.empty(BATCH, *config["input_size"], device="meta"),)
 
 
 def hf_model(name: str, arguments: Mapping[str, Any], *, weights: bool) -> Callable[[], nn.Module]:
@@ -73,7 +70,7 @@ def hf_model(name: str, arguments: Mapping[str, Any], *, weights: bool) -> Calla
         return lambda: _of_config(transformers, config)
     if issubclass(named, transformers.PreTrainedModel) and made.config_class is not None:
         config = made.config_class(**arguments)
-        return lambda: _trainable(made(config))
+        return lambda: made(config)
     raise CommandError(f"hf:{name} is neither a configuration nor a model class of transformers")
 
 
@@ -87,8 +84,8 @@ def _from_directory(transformers: Any, path: str, arguments: Mapping[str, Any]) 
         return lambda: _of_config(transformers, config)
     model_class = _class_of(transformers, config)
     # safetensors alone: other weight files are pickles
-    return lambda: _trainable(
-        model_class.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
+    return lambda: model_class.from_pretrained(
+        path, config=config, local_files_only=True, use_safetensors=True
     )
 
 
@@ -97,18 +94,12 @@ def _class_of(transformers: Any, config: Any) -> Any:
     return getattr(transformers, names[0]) if names else transformers.AutoModel
 
 
-def _of_config(transformers: Any, config: Any) -> nn.Module:
+def _of_config(transformers: Any, config: Any) -> Any:
     model_class = _class_of(transformers, config)
-    if model_class is transformers.AutoModel:
-        return _trainable(model_class.from_config(config))
-    return _trainable(model_class(config))
+    return (model_class.from_config if model_class is transformers.AutoModel else model_class)(config)
 
 
-def _trainable(model: nn.Module) -> nn.Module:
-    return model.train()
-
-
-def hf_inputs(model: nn.Module) -> Inputs:
+def hf_inputs(model: nn.Module) -> Mapping[str, torch.Tensor]:
     """Keyword inputs for a transformers model, by the names its forward takes and its configuration."""
     config: Any = model.config
     takes = inspect.signature(model.forward).parameters
@@ -118,7 +109,7 @@ def hf_inputs(model: nn.Module) -> Inputs:
         "input_ids": lambda: _ids(tokens),
         "pixel_values": lambda: _pixels(vision),
         "input_features": lambda: _features(config),
-        "input_values": lambda: torch.empty(_BATCH, _SAMPLE_RATE * _SECONDS_OF_AUDIO, device="meta"),
+        "input_values": lambda: torch.empty(BATCH, _SAMPLE_RATE * _SECONDS_OF_AUDIO, device="meta"),
     }
     main = getattr(model, "main_input_name", "input_ids")
     wanted = [main]
@@ -137,16 +128,16 @@ def hf_inputs(model: nn.Module) -> Inputs:
 
 
 def _ids(tokens: int) -> torch.Tensor:
-    return torch.empty(_BATCH, tokens, dtype=torch.int64, device="meta")
+    return torch.empty(BATCH, tokens, dtype=torch.int64, device="meta")
 
 
 def _pixels(config: Any) -> torch.Tensor:
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.empty(_BATCH, getattr(config, "num_channels", 3), height, width, device="meta")
+    return torch.empty(BATCH, getattr(config, "num_channels", 3), height, width, device="meta")
 
 
 def _features(config: Any) -> torch.Tensor:
     # Whisper halves the length on the way in
     length = 2 * getattr(config, "max_source_positions", 1500)
-    return torch.empty(_BATCH, getattr(config, "num_mel_bins", 80), length, device="meta")
+    return torch.empty(BATCH, getattr(config, "num_mel_bins", 80), length, device="meta")

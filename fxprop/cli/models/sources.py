@@ -20,13 +20,12 @@ import torch
 from torch import nn
 
 from fxprop.cli.models.files import load_exported_program, load_pickled_module
-from fxprop.cli.models.hubs import hf_inputs, hf_model, timm_model
+from fxprop.cli.models.hubs import BATCH, hf_inputs, hf_model, nearest, timm_inputs, timm_model
 from fxprop.errors import CommandError
 from fxprop.pytree import tree_map
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
 
-_DEFAULT_BATCH = 8
 # the shortest clip that all of torchvision's video models take
 _FRAMES = 16
 
@@ -159,17 +158,18 @@ def _from_timm(source: Source) -> Loaded:
     pretrained = source.weights == "DEFAULT"
     if source.weights and not pretrained and not _is_weights_file(source.weights):
         raise CommandError(f"--weights {source.weights}: expected DEFAULT, or a .safetensors or .pth file")
-    make, inputs = timm_model(name, _model_args(source), pretrained=pretrained)
+    make = timm_model(name, _model_args(source), pretrained=pretrained)
     model = _build(make, source.model, on_meta=source.on_meta)
-    return Loaded(model, inputs(model))
+    return Loaded(model, timm_inputs(model))
 
 
 def _from_transformers(source: Source) -> Loaded:
     name = source.model.removeprefix("hf:")
     by_name = source.weights is not None and not _is_weights_file(source.weights)
     make = hf_model(name, _model_args(source), weights=by_name)
-    on_meta = source.weights is None and not source.real and not Path(name).is_dir()
-    model = _build(make, source.model, on_meta=on_meta)
+    model = _build(make, source.model, on_meta=source.on_meta and not Path(name).is_dir())
+    # from_pretrained gives a model in eval mode
+    model.train()
     return Loaded(model, (), {} if source.inputs else hf_inputs(model))
 
 
@@ -194,11 +194,9 @@ def _from_torchvision(source: Source) -> Loaded:
     name = source.model
     known = models.list_models()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"Nearest: {', '.join(near)}." if near else ""
         raise CommandError(
             f"unknown model {name!r}: expected a torchvision name, timm:NAME, hf:NAME, "
-            f"package.module:factory, or a saved file. {hint}"
+            f"package.module:factory, or a saved file.{nearest(name, known)}"
         )
     weights_enum = models.get_model_weights(name)
     weights = source.weights if not _is_weights_file(source.weights) else None
@@ -246,7 +244,7 @@ def _torchvision_shape(weights_enum: Any) -> tuple[int, ...]:
     height, width = (sizes * 2)[:2]
     is_video = type(transform).__name__ == "VideoClassification"
     frames = (_FRAMES,) if is_video else ()
-    return (_DEFAULT_BATCH, 3, *frames, height, width)
+    return (BATCH, 3, *frames, height, width)
 
 
 # --- factories and files ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report as HTML: a page of its own, and a view for notebooks. Templates only place what is here."""
+"""The report as HTML: a page, and a view for notebooks. Templates place what is here or in `wording`."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def _render(name: str, report: ReportData, **more: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = _breakable
+    # the macros see no arguments of `render`
+    environment.globals.update(wording=wording, percent=percent)
     css, script = (Markup(loader.get_source(environment, file)[0]) for file in ("report.css", "sort.js"))
+    versions = {"version": __version__, "torch": torch.__version__}
     template = environment.get_template(name)
-    return template.render(view=View(report), css=css, script=script, **more)
+    return template.render(view=View(report), css=css, script=script, **versions, **more)
 
 
 def _breakable(name: str) -> Markup:
@@ -96,11 +99,6 @@ class Line:
         return -1.0 if self.row.saved is None else self.row.saved
 
     @property
-    def share_text(self) -> str:
-        """The same as it is printed."""
-        return percent(self.row.saved)
-
-    @property
     def dense_width(self) -> float:
         """The length of the bar, in percent of the longest."""
         return round(100 * self.counts["dense"] / self.longest, 2)
@@ -114,21 +112,6 @@ class Line:
     def spoken(self) -> str:
         """What the bar shows, in words."""
         return f"dense {self.text['dense']}, executed {self.text['executed']} {self.report.unit}"
-
-    @property
-    def kept(self) -> str:
-        """As in the text table."""
-        return wording.kept_of(self.layer)
-
-    @property
-    def weight(self) -> str:
-        """Shape of the weight."""
-        return wording.shape(self.layer.weight_shape)
-
-    @property
-    def remarks(self) -> str:
-        """Why it is dense, or what is rewritten with it."""
-        return self.layer.reason or wording.remarks(self.layer)
 
 
 @dataclass(frozen=True)
@@ -197,40 +180,6 @@ class View:
         return [(top, len(list(bars))) for top, bars in itertools.groupby(tops)]
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of counts."""
-        return wording.COLUMNS
-
-    @property
-    def totals(self) -> list[tuple[str, list[int]]]:
-        """The lines of the table of totals."""
-        return wording.total_lines(self.report)
-
-    @property
-    def reasons(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """Under a heading each: what is not rewritten, and why."""
-        return wording.reasons(self.report)
-
-    @property
     def policy(self) -> str:
         """The policy as a TOML file."""
         return "" if self.report.policy is None else as_toml(self.report.policy)
-
-    def decision(self, layer: Layer) -> str:
-        """What is done with a layer, in a word or two."""
-        return wording.kept_of(layer) if layer.status == "rewritten" else layer.status
-
-    @property
-    def notes(self) -> list[str]:
-        """As in the text form."""
-        return wording.notes(self.report)
-
-    @property
-    def version(self) -> str:
-        """fxprop's."""
-        return __version__
-
-    @property
-    def torch(self) -> str:
-        """PyTorch's version."""
-        return str(torch.__version__)

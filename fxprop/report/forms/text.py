@@ -166,13 +166,13 @@ def _cut(text: str, length: int) -> str:
 # --- what is not rewritten --------------------------------------------------------------------------------
 
 
-def _side_tables(report: ReportData, depth: Depth) -> list[tuple[tuple[str, str], list[list[str]]]]:
+def _side_tables(report: ReportData, depth: Depth) -> list[tuple[tuple[str, str], list[tuple[str, str]]]]:
     """Tables of two columns: a layer or layers, and why they are not rewritten."""
     tables = []
     for heading, lines in reasons(report):
         if depth != "all" and heading in ("left dense", "skipped"):
             lines = _by_reason(lines)
-        tables.append(((heading, "because"), [[name, reason] for name, reason in lines]))
+        tables.append(((heading, "because"), lines))
     return tables
 
 
@@ -191,7 +191,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def _side_table(header: Sequence[str], rows: list[list[str]], width: int) -> str:
+def _side_table(header: Sequence[str], rows: list[tuple[str, str]], width: int) -> str:
     longest = max(len(row[0]) for row in rows)
     names = min(max(longest, len(header[0])), width // 2)
     return _tabulate(rows, header, "simple", widths=[names, width - names - 2])
