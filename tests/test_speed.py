@@ -346,3 +346,17 @@ def test_bench_says_what_was_expected():
     assert f"{clock.backward:.1f}x / {clock.step:.1f}x" in str(measured)
     assert [v["expected"] for v in measured.to_dict()["variants"]] == [None, clock.to_dict()]
     assert max(map(len, str(measured).splitlines())) <= 80
+
+
+def test_one_tensor_is_as_good_as_a_tuple_of_it():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 1)).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    measurement = fxprop.measure(model, fxprop.Policy(keep=0.25, when="always"), x, rounds=1, sites=True)
+    assert len(measurement.variants) == 2
+    gm, _ = fxprop.transform(model, fxprop.Policy(keep=0.25, when="always"), x)
+    assert tuning.conditions_of(gm, x) == tuning.conditions_of(gm, (x,))
+    assert tuning.conditions_of(gm, x).channels_last
+    fxprop.tune(gm, x, rounds=1)
+    assert len(recipe_of(gm).measured) == 1
+    with pytest.raises(InputError, match="example_inputs is a list"):
+        fxprop.measure(model, 0.25, [x])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprop.errors import InputError
-from fxprop.pipeline.arguments import ExampleInputs
+from fxprop.pipeline.arguments import ExampleInputs, check_inputs
 from fxprop.pipeline.backend import backend
 from fxprop.pipeline.recipe import is_transformed, recipe_of
 from fxprop.pipeline.transform import transform
@@ -65,7 +65,7 @@ def measure(
     quartiles. Raises InputError for inputs without data or outputs without a gradient, and what
     `transform` raises.
     """
-    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    args, kwargs = check_inputs(example_inputs, example_kwargs)
     _check_real((args, kwargs))
     given: list[PolicyLike] = (
         list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]

@@ -20,6 +20,7 @@ from fxprop.pipeline.transform import layers, restore
 from fxprop.plan.decisions import Sparsity, Timing
 from fxprop.plan.sites import Site
 from fxprop.progress import count
+from fxprop.pytree import tree_leaves
 from fxprop.report.report import Report
 from fxprop.timing.layer_times import Conditions, SiteTimes, can_time, key, time_site
 
@@ -92,7 +93,8 @@ def tune(
 def conditions_of(model: nn.Module, example_inputs: ExampleInputs) -> Conditions:
     """Where and in what form the model computes: by its parameters, and its first image."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    images = (t for t in example_inputs or () if isinstance(t, torch.Tensor) and t.dim() == 4)
+    leaves = tree_leaves(example_inputs)
+    images = (t for t in leaves if isinstance(t, torch.Tensor) and t.dim() == 4)
     image = next(images, torch.empty(0))
     last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
     return Conditions(parameter.device, parameter.dtype, last)
