@@ -188,11 +188,15 @@ def move(
         for p in range(_U(len(places))):
             from_ = n * example + (p if grows else places[p]) * position
             to = n * to_example + (places[p] if grows else p) * to_position
+            # one of the two has its channels side by side, which compiled code is told
             if grows:
                 into[free:to] = 0
                 free = to + channels
-            for c in range(channels):
-                into[to + c * to_channel] = source[from_ + c * channel]
+                for c in range(channels):
+                    into[to + c] = source[from_ + c * channel]
+            else:
+                for c in range(channels):
+                    into[to + c * to_channel] = source[from_ + c]
         if grows:
             into[free : (n + _U(1)) * to_example] = 0
 
