@@ -165,7 +165,7 @@ class _Runner:
         self,
         module: nn.Module,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        kwargs: Mapping[str, Any],
         amp: torch.dtype | None,
         device: torch.device,
     ) -> None:
